@@ -1,0 +1,1 @@
+"""Inference backends of AutoRound. They are found through the entry point `backends`; nothing needs importing."""

@@ -1,0 +1,62 @@
+"""8-bit weights with one scale per row on torch's own CPU operator, `_weight_int8pack_mm`."""
+
+from __future__ import annotations
+
+import torch
+
+from autoround_core import AffineWeight, Backend, LinearSpec, QuantizedLayer
+
+MOST_ROWS = 16  # above this dequantizing once and multiplying in bfloat16 is faster
+_ZERO = 128
+
+
+class CpuInt8(Backend):
+    """Symmetric, whole rows, bfloat16; the operator takes no groups and no zero points."""
+
+    name = "cpu_int8"
+    priority = 20
+    devices = "cpu"
+
+    def why_not(self, spec: LinearSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+        scheme = spec.scheme
+        if device.type != "cpu":
+            return f"runs on cpu, not on {device.type}"
+        if not hasattr(torch.ops.aten, "_weight_int8pack_mm"):
+            return f"torch {torch.__version__} has no _weight_int8pack_mm; install torch>=2.6"
+        if scheme is None or scheme.data_type != "int" or scheme.bits != 8:
+            return f"needs 8-bit integers, got {scheme}"
+        if dtype != torch.bfloat16:
+            return f"needs bfloat16, got {dtype}; load with dtype=torch.bfloat16"
+        if not scheme.sym or scheme.groups(spec.in_features) != 1:
+            return f"needs symmetric weights with group_size -1, got {scheme}"
+        return None
+
+    def build(self, layer: QuantizedLayer, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+        return _Int8Linear(layer)
+
+
+class _Int8Linear(torch.nn.Module):
+    def __init__(self, layer: QuantizedLayer) -> None:
+        super().__init__()
+        weight = layer.weight
+        assert isinstance(weight, AffineWeight)
+        self.out_features, self.in_features = weight.shape
+        self._scheme = weight.scheme
+        codes = (weight.codes.to(torch.int16) - _ZERO).to(torch.int8)
+        self.register_buffer("codes", codes)
+        # the operator multiplies by bfloat16 scales; float32 ones serve the dequantizing path
+        self.register_buffer("scale", weight.scale.flatten().float())
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.to(torch.bfloat16))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        rows = inputs.reshape(-1, self.in_features)
+        if 0 < len(rows) <= MOST_ROWS:
+            output = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), self.codes, self.scale.to(torch.bfloat16))
+            output = output if self.bias is None else output + self.bias
+        else:
+            weight = (self.codes.float() * self.scale.unsqueeze(-1)).to(torch.bfloat16)
+            output = torch.nn.functional.linear(rows, weight, self.bias)
+        return output.reshape(*inputs.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self._scheme}, backend=cpu_int8"

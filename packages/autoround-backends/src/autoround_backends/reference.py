@@ -1,0 +1,36 @@
+"""The reference backend: dequantize, then multiply. Slow, exact, runs everything everywhere."""
+
+from __future__ import annotations
+
+import torch
+
+from autoround_core import Backend, LinearSpec, QuantizedLayer, QuantizedWeight
+
+
+class Reference(Backend):
+    """The truth that other backends are compared with. Memory: one byte per weight."""
+
+    name = "reference"
+    priority = 0
+    devices = "any"
+
+    def why_not(self, spec: LinearSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+        return None
+
+    def build(self, layer: QuantizedLayer, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+        return _DequantizedLinear(layer, device, dtype)
+
+
+class _DequantizedLinear(torch.nn.Module):
+    def __init__(self, layer: QuantizedLayer, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._weight: QuantizedWeight = layer.weight.to(device)
+        self._dtype = dtype
+        self.out_features, self.in_features = layer.weight.shape
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.to(device, dtype))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(inputs, self._weight.dequantize(self._dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self._weight.scheme}, backend=reference"

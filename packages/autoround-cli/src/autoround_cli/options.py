@@ -1,0 +1,92 @@
+"""The options that `quantize` and `plan` share, and what they build.
+
+Option names use underscores, as AutoRound's users know them; hyphens work everywhere (`--group-size`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from autoround_core.errors import UsageError, unknown_name
+from autoround_core.scheme import MAX_BITS, MIN_BITS
+from autoround_core.settings import DEFAULT_RECIPE, RECIPES
+
+_MODEL = [
+    click.option("--model", required=True, help="Model directory, or an id on the hub."),
+    click.option("--trust_remote_code", is_flag=True, help="Run code that the model brings along. Read it first."),
+]
+_SCHEME = [
+    click.option("--scheme", help="Bits, group size and symmetry in one word: W4G128, W2G64-asym, W4A16."),
+    click.option("--bits", type=click.IntRange(MIN_BITS, MAX_BITS), help="Bits of a weight.  [default: 4]"),
+    click.option("--group_size", type=int, help="Weights that share a scale; -1 = a whole row.  [default: 128]"),
+    click.option("--sym/--asym", default=None, help="Fixed or free zero point.  [default: sym]"),
+    click.option("--layer_config", help="Other schemes for some layers: JSON or a JSON file, "
+                 '{"name or regular expression": "W8G128" | 16 | {"bits": 8}}.'),
+    click.option("--quant_lm_head", is_flag=True, help="Quantize lm_head too."),
+    click.option("--strict/--no_strict", default=True,
+                 help="Refuse, or keep in 16 bits, layers that the format cannot store.  [default: strict]"),
+]
+_TUNING = [
+    click.option("--recipe", default=DEFAULT_RECIPE, show_default=True, help=f"One of {', '.join(RECIPES)}."),
+    click.option("--algorithm", help="rtn, opt_rtn, signround, or a plugin's; the recipe chooses otherwise."),
+    click.option("--iters", type=int, help="Tuning steps per block."),
+    click.option("--nsamples", type=int, help="Calibration samples."),
+    click.option("--seqlen", type=int, help="Tokens per sample."),
+    click.option("--batch_size", type=int, help="Samples per forward pass."),
+    click.option("--gradient_accumulate_steps", type=int, help="Forward passes per tuning step."),
+    click.option("--lr", type=float, help="Learning rate of the rounding.  [default: 1/iters]"),
+    click.option("--minmax_lr", type=float, help="Learning rate of the clipping range.  [default: lr]"),
+    click.option("--seed", type=int, help="Seed of the sample order.  [default: 42]"),
+    click.option("--dataset", default=None, help="Calibration text: a hub dataset, .txt .json .jsonl .parquet, or `stdlib`; "
+                 "several by commas; each may add :num=N :split=S :concat :apply_chat_template :system_prompt=TEXT."
+                 "  [default: NeelNanda/pile-10k]"),
+    click.option("--amp/--no_amp", default=True, help="Matrix products in 16 bits while tuning.  [default: amp]"),
+]
+_RUN = [
+    click.option("--format", "format_", default="auto_round", show_default=True, help="Checkpoint format; several by commas."),
+    click.option("--device", default="cpu", show_default=True, help="Where to tune: cpu, cuda, cuda:1, xpu, hpu."),
+    click.option("--low_gpu_mem_usage", is_flag=True, help="Keep calibration states in main memory."),
+]
+
+
+def quantization_options(command: Callable) -> Callable:
+    """All options that decide what happens to a model."""
+    for option in reversed([*_MODEL, *_SCHEME, *_TUNING, *_RUN]):
+        command = option(command)
+    return command
+
+
+def make_autoround(options: dict[str, Any], progress: Any = None):
+    """An AutoRound from the options of `quantization_options` but `format_`."""
+    from autoround_core import AutoRound
+
+    # an option left out takes the default of the library
+    given = {name: value for name, value in options.items() if value is not None}
+    return AutoRound(progress=progress, **given)
+
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def parse_dtype(name: str):
+    """The torch dtype of a `--dtype`, None for auto."""
+    import torch
+
+    if name not in DTYPES:
+        raise unknown_name("dtype", name, DTYPES)
+    return None if name == "auto" else getattr(torch, name)
+
+
+def parse_device(name: str):
+    """Raises UsageError for a device that torch does not know or that is not there."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device `{name}` cannot be used: {str(error).splitlines()[0]}") from None
+    return device

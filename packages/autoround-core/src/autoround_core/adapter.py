@@ -1,0 +1,125 @@
+"""The interface of a model adapter: which weights a model has, and where they live.
+
+Algorithms and formats know a linear layer by its checkpoint name and a matrix [out, in]. In a module tree the
+same matrix may be transposed (GPT-2's Conv1D) or a slice of a three-dimensional parameter that holds all
+experts of a layer. `LinearSite` is the one place that knows the difference.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSite:
+    """Where one linear weight lives.
+
+    name: in the checkpoint, without `.weight`. module: path of the owning module in the model. parameter: its
+    attribute. expert, part, parts: for a fused parameter, which expert and which of its equal slices along
+    the output (gate = 0, up = 1). transposed: stored [in, out].
+    """
+
+    name: str
+    module: str
+    parameter: str
+    out_features: int
+    in_features: int
+    transposed: bool = False
+    expert: int | None = None
+    part: int = 0
+    parts: int = 1
+
+    @property
+    def path(self) -> str:
+        """Full name of the parameter in the model."""
+        return f"{self.module}.{self.parameter}"
+
+    def read(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The weight [out, in], a view of the parameter."""
+        if self.expert is not None:
+            parameter = parameter[self.expert]
+        matrix = parameter.T if self.transposed else parameter
+        return matrix[self.part * self.out_features : (self.part + 1) * self.out_features]
+
+
+def fuse(sites: list[LinearSite], weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The parameter that all `sites` of one path make together. Differentiable in the weights."""
+    ordered = sorted(sites, key=lambda site: (site.expert or 0, site.part))
+    parts = ordered[0].parts
+    matrices = [weights[site.name] for site in ordered]
+    if parts > 1:
+        matrices = [torch.cat(matrices[i : i + parts]) for i in range(0, len(matrices), parts)]
+    if ordered[0].transposed:
+        matrices = [matrix.T for matrix in matrices]
+    return matrices[0] if ordered[0].expert is None else torch.stack(matrices)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockView:
+    """One of the model's like blocks. name: its path. sites: its linear layers, in the model's order."""
+
+    name: str
+    module: torch.nn.Module
+    sites: tuple[LinearSite, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """A model as the driver sees it.
+
+    head: the site of lm_head, None if there is none or it shares its weight with the embedding (`tied_head`).
+    kept: weight matrices inside blocks that are never quantized, checkpoint name -> reason.
+    """
+
+    model: torch.nn.Module
+    blocks: tuple[BlockView, ...]
+    head: LinearSite | None
+    tied_head: bool
+    kept: Mapping[str, str]
+
+    def sites(self) -> Iterator[LinearSite]:
+        """All linear layers of the blocks, in order."""
+        for block in self.blocks:
+            yield from block.sites
+
+    def parameter(self, site: LinearSite) -> torch.Tensor:
+        return getattr(self.model.get_submodule(site.module), site.parameter)
+
+    def bias(self, site: LinearSite) -> torch.Tensor | None:
+        """Bias [out] of a layer of its own; fused experts have none here."""
+        module = self.model.get_submodule(site.module)
+        return None if site.expert is not None else getattr(module, "bias", None)
+
+
+class ModelAdapter(ABC):
+    """Builds and reads one kind of model. Instances are stateless."""
+
+    @abstractmethod
+    def load(self, path: Path, *, trust_remote_code: bool) -> torch.nn.Module:
+        """The model with its weights, on the CPU, in the dtype of its checkpoint."""
+
+    @abstractmethod
+    def skeleton(self, path: Path, *, trust_remote_code: bool, dtype: torch.dtype | None = None) -> torch.nn.Module:
+        """The model on the meta device: shapes and names, buffers computed, no weights."""
+
+    @abstractmethod
+    def view(self, model: torch.nn.Module) -> ModelView:
+        """Blocks and layers. Raises UnsupportedError when the model has no list of like blocks."""
+
+    @abstractmethod
+    def rest(self, view: ModelView, quantized: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """(checkpoint name, tensor) of all that is stored besides the layers named in `quantized` and their biases."""
+
+    @abstractmethod
+    def fill(self, view: ModelView, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+        """Put tensors by checkpoint name into a skeleton; return the names of parameters still without weights."""
+
+    @abstractmethod
+    def tokenizer(self, path: Path, *, trust_remote_code: bool) -> Any:
+        """The tokenizer beside the model."""

@@ -1,0 +1,276 @@
+"""The face of the library: `AutoRound(model, tokenizer, bits=4).quantize_and_save(directory)`."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoround_core.adapter import ModelAdapter, ModelView
+from autoround_core.calibration import DEFAULT_DATASET, CalibrationSet, load_calibration
+from autoround_core.errors import UsageError, unknown_name
+from autoround_core.format import CheckpointContext, CheckpointFormat
+from autoround_core.model_block import Compute
+from autoround_core.output import OutputDirectory
+from autoround_core.plan import Plan, make_plan
+from autoround_core.progress import Progress
+from autoround_core.quantize import BlockDriver, BlockOutcome, check_finite
+from autoround_core.recipe import parse_layer_config
+from autoround_core.registry import get_registry
+from autoround_core.report import Phases, build_report
+from autoround_core.scheme import QuantScheme
+from autoround_core.settings import TuningSettings, tuning_settings
+from autoround_core.shards import write_json
+from autoround_core.source import check_source, copy_companions, find_model
+from autoround_core.verify import PROBE_TOKENS, Expectation, check_forward, probe
+
+REPORT = "report.json"
+
+
+def choose_scheme(
+    scheme: str | QuantScheme | None, bits: int | None, group_size: int | None, sym: bool | None
+) -> QuantScheme:
+    """The scheme of the options: `scheme`, or bits, group_size and sym with the defaults 4, 128 and true.
+
+    Raises UsageError when both are given and disagree.
+    """
+    parts = {"bits": bits, "group_size": group_size, "sym": sym}
+    given = {name: value for name, value in parts.items() if value is not None}
+    if scheme is None:
+        return QuantScheme(**given)
+    chosen = scheme if isinstance(scheme, QuantScheme) else QuantScheme.parse(scheme)
+    for name, value in given.items():
+        if getattr(chosen, name) != value:
+            raise UsageError(f"scheme {chosen} has {name} {getattr(chosen, name)}, but {name}={value} is given too; use one")
+    return chosen
+
+
+class AutoRound:
+    """Quantizes one model.
+
+    model: a directory, a hub id, or a loaded Transformers model (which is then changed: it ends up
+    fake-quantized). tokenizer: None = the one beside the model. scheme: "W4G128", "W2G64-asym"; or bits,
+    group_size, sym. recipe: best, base, light, opt_rtn, rtn; its numbers can be overridden by keyword:
+    algorithm, iters, nsamples, seqlen, batch_size, gradient_accumulate_steps, lr, minmax_lr, seed.
+    layer_config: {layer name or regular expression: scheme, 16, or {bits, group_size, sym}}. dataset: see
+    `load_calibration`. amp: matrix products in 16 bits while tuning. strict: a layer that the format cannot
+    store is an error; otherwise it stays in 16 bits and the plan says so.
+
+    Raises UsageError for anything that cannot be meant, before the model is loaded.
+    """
+
+    def __init__(
+        self, model: str | Path | torch.nn.Module, tokenizer: Any = None, *, scheme: str | QuantScheme | None = None,
+        bits: int | None = None, group_size: int | None = None, sym: bool | None = None, recipe: str | None = None,
+        layer_config: Any = None, dataset: Any = DEFAULT_DATASET, device: str | torch.device | None = None,
+        device_map: str | torch.device | None = None, low_gpu_mem_usage: bool = False, quant_lm_head: bool = False,
+        amp: bool = True, strict: bool = True, trust_remote_code: bool = False, progress: Progress | None = None,
+        **settings: Any,
+    ) -> None:
+        names = [*inspect.signature(AutoRound).parameters, *TuningSettings.__dataclass_fields__]
+        for name in settings:
+            if name not in TuningSettings.__dataclass_fields__:
+                raise unknown_name("option", name, set(names) - {"settings"})
+        self._recipe = parse_layer_config(layer_config, choose_scheme(scheme, bits, group_size, sym))
+        self._settings = tuning_settings(recipe, **settings)
+        self._algorithm = get_registry().algorithm(self._settings.algorithm)
+        self._families = get_registry().number_families()
+        self._dataset, self._tokenizer = dataset, tokenizer
+        self._device = _device(device if device is not None else device_map)
+        self._low_gpu_mem_usage, self._amp, self._strict = low_gpu_mem_usage, amp, strict
+        self._quant_lm_head, self._trust = quant_lm_head, trust_remote_code
+        self._progress = progress or Progress()
+        self._phases = Phases()
+        self._outcomes: list[BlockOutcome] = []
+        self._calibration: CalibrationSet | None = None
+        self._loaded: torch.nn.Module | None = None
+        self._path: Path | None = None
+        if isinstance(model, torch.nn.Module):
+            self._loaded = model
+            path = Path(getattr(model, "name_or_path", "") or "/nonexistent")
+            self._path = path if path.is_dir() else None
+            self._config = model.config.to_dict()
+        else:
+            self._path = find_model(model)
+            self._config = check_source(self._path, trust_remote_code=trust_remote_code)
+        self._name = str(model) if self._loaded is None else type(model).__name__
+        self._owns_model = self._loaded is None
+        self._adapter: ModelAdapter = get_registry().adapter(self._config)
+        self._view: ModelView | None = None
+
+    # --- before the run -------------------------------------------------------------------------------------
+
+    def plan(self, format: str = "auto_round") -> Plan:
+        """What would happen to each layer. Loads no weights. Raises as `quantize_and_save` would."""
+        if self._view is not None or self._loaded is not None:
+            return self._plan(self._get_view(), self._formats(format))
+        assert self._path is not None
+        skeleton = self._adapter.skeleton(self._path, trust_remote_code=self._trust)
+        return self._plan(self._adapter.view(skeleton), self._formats(format))
+
+    def _formats(self, spelling: str) -> list[CheckpointFormat]:
+        names = [name.strip() for name in spelling.split(",")]
+        if len(set(names)) != len(names):
+            raise UsageError(f"format `{spelling}` names a format twice")
+        return [get_registry().format(name) for name in names]
+
+    def _plan(self, view: ModelView, formats: Sequence[CheckpointFormat]) -> Plan:
+        return make_plan(
+            view, self._recipe, self._settings, formats=formats, families=self._families,
+            backends=list(get_registry().backends().values()), device=self._device, dtype=view.model.dtype,
+            quant_lm_head=self._quant_lm_head, strict=self._strict, needs_data=self._algorithm.needs_data,
+        )
+
+    # --- the run --------------------------------------------------------------------------------------------
+
+    def quantize(self) -> torch.nn.Module:
+        """Quantize and keep the records in memory; return the fake-quantized model."""
+        plan = self._plan(self._get_view(), [])
+        self._outcomes = list(self._run(plan))
+        return self._get_view().model
+
+    def save_quantized(self, output_dir: str | Path, format: str = "auto_round", *, overwrite: bool = False) -> Path:
+        """Write what `quantize` made. Raises UsageError when it has not run."""
+        if not self._outcomes:
+            raise UsageError("nothing is quantized yet; call quantize() first, or quantize_and_save()")
+        outcomes, self._outcomes = self._outcomes, []
+        return self._save(output_dir, format, overwrite, lambda plan: iter(outcomes))
+
+    def quantize_and_save(
+        self, output_dir: str | Path, format: str = "auto_round", *, overwrite: bool = False
+    ) -> Path:
+        """Quantize and write layer by layer; verify; return the directory.
+
+        format: one name, written straight into `output_dir`, or several joined by commas, each into a folder of its
+        name. Nothing appears under `output_dir` until everything is written and verified.
+        """
+        return self._save(output_dir, format, overwrite, self._run)
+
+    def _save(self, output_dir, spelling: str, overwrite: bool, produce) -> Path:
+        output = OutputDirectory(output_dir, self._path, overwrite=overwrite)
+        formats = self._formats(spelling)
+        plan = self._plan(self._get_view(), formats)
+        with output as work:
+            folders = [work if len(formats) == 1 else work / fmt.name.replace(":", "-") for fmt in formats]
+            expectation = self._write(plan, formats, folders, produce(plan))
+            self._progress.phase("verify")
+            with self._phases.measure("verify"):
+                verification = self._verify(formats, folders, expectation)
+            report = build_report(
+                model=self._name, formats=[fmt.name for fmt in formats], plan=plan, settings=self._settings,
+                outcomes=self._outcomes, calibration=self._calibration, phases=self._phases, verification=verification,
+            )
+            for folder in folders:
+                write_json(folder / REPORT, report)
+        return output.final
+
+    def _write(self, plan: Plan, formats, folders: list[Path], outcomes: Iterator[BlockOutcome]) -> Expectation:
+        view = self._get_view()
+        context = self._context(plan, view)
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+        writers = [fmt.open(folder, context) for fmt, folder in zip(formats, folders, strict=True)]
+        stores_dense = any(not fmt.stores_records for fmt in formats)
+        expectation = Expectation(view.model.dtype if stores_dense else None)
+        self._outcomes = []
+        for outcome in outcomes:
+            self._outcomes.append(outcome)
+            for done in outcome.layers:
+                expectation.add(done.layer)
+                for writer in writers:
+                    writer.add(done.layer)
+        self._progress.phase("save")
+        with self._phases.measure("save"):
+            for name, tensor in self._adapter.rest(view, set(plan.quantized())):
+                for writer in writers:
+                    writer.keep(name, tensor)
+            for writer, folder in zip(writers, folders, strict=True):
+                writer.finish()
+                self._copy_companions(folder)
+        return expectation
+
+    def _context(self, plan: Plan, view: ModelView) -> CheckpointContext:
+        return CheckpointContext(
+            config=self._config, recipe=self._recipe, layers=plan.specs(), blocks=[b.name for b in view.blocks],
+            kept=list(view.kept), transposed=[s.name for s in view.sites() if s.transposed and s.expert is None],
+            dtype=view.model.dtype, settings=self._settings,
+        )
+
+    def _copy_companions(self, folder: Path) -> None:
+        if self._path is not None:
+            copy_companions(self._path, folder, with_code=self._trust)
+        elif self._tokenizer is not None:
+            self._tokenizer.save_pretrained(folder)
+
+    def _run(self, plan: Plan) -> Iterator[BlockOutcome]:
+        view = self._get_view()
+        input_ids = self._calibrate() if self._algorithm.needs_data else None
+        self._progress.phase("quantize")
+        storage = torch.device("cpu") if self._low_gpu_mem_usage else self._device
+        compute = Compute(self._device, storage, _compute_dtype(view.model.dtype, self._device, self._amp))
+        driver = BlockDriver(view, plan, self._algorithm, self._families, self._settings, compute, self._progress)
+        with self._phases.measure("quantize"):
+            yield from driver.run(input_ids)
+
+    def _calibrate(self) -> torch.Tensor:
+        self._progress.phase("calibrate")
+        with self._phases.measure("calibrate"):
+            if self._tokenizer is None and self._path is not None:
+                self._tokenizer = self._adapter.tokenizer(self._path, trust_remote_code=self._trust)
+            settings = self._settings
+            self._calibration = load_calibration(
+                self._dataset, self._tokenizer, nsamples=settings.nsamples, seqlen=settings.seqlen, seed=settings.seed
+            )
+        return self._calibration.input_ids
+
+    def _verify(self, formats, folders: list[Path], expectation: Expectation) -> dict[str, Any]:
+        view = self._get_view()
+        tokens = torch.arange(PROBE_TOKENS) % view.model.get_input_embeddings().num_embeddings
+        if self._calibration is not None:
+            tokens = self._calibration.input_ids[0, :PROBE_TOKENS]
+        expected = probe(view.model, tokens)
+        transposed = {site.name for site in view.sites() if site.transposed}
+        if self._owns_model:
+            # the loaded checkpoint needs the room; a model that the user passed in is not ours to drop
+            self._view = self._loaded = view = None
+            gc.collect()
+        rows = {}
+        for fmt, folder in zip(formats, folders, strict=True):
+            count = expectation.check_layers(fmt, folder, transposed)
+            difference = check_forward(fmt, folder, self._adapter, tokens, expected, trust_remote_code=self._trust)
+            rows[fmt.name] = {"layers_equal": count, "forward_difference": difference}
+        return rows
+
+    # --- the model ------------------------------------------------------------------------------------------
+
+    def _get_view(self) -> ModelView:
+        if self._view is None:
+            self._progress.phase("load")
+            with self._phases.measure("load"):
+                if self._loaded is None:
+                    assert self._path is not None
+                    self._loaded = self._adapter.load(self._path, trust_remote_code=self._trust)
+                check_finite(self._loaded)
+                self._view = self._adapter.view(self._loaded)
+        return self._view
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    """Raises UsageError for a device that torch does not know or that is not there."""
+    try:
+        chosen = torch.device(device or "cpu")
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device `{device}` cannot be used: {str(error).splitlines()[0]}") from None
+    return chosen
+
+
+def _compute_dtype(model_dtype: torch.dtype, device: torch.device, amp: bool) -> torch.dtype:
+    """Of matrix products while tuning: bfloat16, float16 for a float16 model on an accelerator, float32 without amp."""
+    if not amp:
+        return torch.float32
+    return torch.float16 if model_dtype == torch.float16 and device.type != "cpu" else torch.bfloat16

@@ -1,0 +1,27 @@
+"""Core's own contributions, registered like any plugin's."""
+
+from __future__ import annotations
+
+from autoround_core.hookspecs import hookimpl
+
+
+@hookimpl
+def autoround_number_families():
+    from autoround_core.int_family import IntFamily
+
+    return [IntFamily()]
+
+
+@hookimpl
+def autoround_algorithms():
+    from autoround_core.rtn import RoundToNearest, SearchedScales
+    from autoround_core.signround import SignRound
+
+    return [RoundToNearest(), SearchedScales(), SignRound()]
+
+
+@hookimpl(trylast=True)
+def autoround_model_adapter(config):
+    from autoround_core.causal_lm import CausalLM
+
+    return CausalLM()

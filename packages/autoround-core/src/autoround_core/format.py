@@ -1,0 +1,99 @@
+"""The interface of a checkpoint format: a writer that records are pushed into, and a reader.
+
+Writers are pushed to, layer by layer as tuning goes, so that several formats can be written in one run
+without one waiting for another.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoround_core.errors import UsageError
+from autoround_core.recipe import LinearSpec, QuantRecipe
+from autoround_core.records import QuantizedLayer
+from autoround_core.settings import TuningSettings
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointContext:
+    """What a writer is told before the first layer.
+
+    config: the model's config.json. layers: every linear layer of the blocks, and lm_head where it is quantized;
+    scheme None = stays in 16 bits. blocks: names of the blocks. kept: other matrices inside blocks that stay
+    in 16 bits, such as routers. transposed: layers whose float weight the model stores as [in, out]. dtype: of
+    what is not quantized.
+    """
+
+    config: Mapping[str, Any]
+    recipe: QuantRecipe
+    layers: Sequence[LinearSpec]
+    blocks: Sequence[str]
+    kept: Sequence[str]
+    transposed: Sequence[str]
+    dtype: torch.dtype
+    settings: TuningSettings
+
+
+class CheckpointWriter(ABC):
+    """Writes one checkpoint into an empty directory."""
+
+    @abstractmethod
+    def add(self, layer: QuantizedLayer) -> None:
+        """Store a quantized layer."""
+
+    @abstractmethod
+    def keep(self, name: str, tensor: torch.Tensor) -> None:
+        """Store a tensor as it is, under its checkpoint name."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Write what is left, the index and the configuration."""
+
+
+class CheckpointReader(ABC):
+    """Reads one checkpoint. Both iterators may be asked for more than once."""
+
+    config: Mapping[str, Any]
+
+    @abstractmethod
+    def layers(self) -> Iterator[QuantizedLayer]:
+        """The quantized layers, one at a time."""
+
+    @abstractmethod
+    def rest(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of everything else."""
+
+
+class CheckpointFormat(ABC):
+    """One format for `--format`. Instances are stateless."""
+
+    name: str
+    summary: str = ""
+    stores_records: bool = True
+    """Whether `read` gives back the records; False for a format that stores dequantized weights."""
+
+    def variant(self, text: str) -> CheckpointFormat:
+        """The format spelled `name:text`. Raises UsageError unless the format has variants."""
+        raise UsageError(f"format `{self.name}` has no variant `{text}`; write `{self.name}`")
+
+    @abstractmethod
+    def why_not(self, spec: LinearSpec) -> str | None:
+        """None if a layer of this size and scheme can be stored, otherwise the reason as one sentence."""
+
+    @abstractmethod
+    def open(self, directory: Path, context: CheckpointContext) -> CheckpointWriter:
+        """A writer into `directory`, which exists and is empty."""
+
+    @abstractmethod
+    def recognizes(self, directory: Path) -> bool:
+        """Whether `directory` holds a checkpoint of this format. Looks at small files only."""
+
+    @abstractmethod
+    def read(self, directory: Path) -> CheckpointReader:
+        """A reader. Raises CheckpointError when files are missing or broken."""

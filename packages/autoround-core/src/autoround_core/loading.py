@@ -1,0 +1,155 @@
+"""From a checkpoint directory to a model that runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from autoround_core.adapter import LinearSite, ModelAdapter, ModelView
+from autoround_core.backend import AUTO, select_backend
+from autoround_core.errors import CheckpointError, UsageError
+from autoround_core.format import CheckpointFormat, CheckpointReader
+from autoround_core.recipe import LinearSpec
+from autoround_core.records import QuantizedLayer
+from autoround_core.registry import get_registry
+from autoround_core.shards import read_json, weight_files
+
+
+def find_format(path: Path) -> CheckpointFormat:
+    """The format of a checkpoint directory. Raises CheckpointError when no format recognizes it."""
+    if not path.is_dir():
+        raise CheckpointError(f"`{path}` is no directory")
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"`{path}` has no config.json, so it is no checkpoint")
+    formats = get_registry().formats()
+    for found in formats.values():
+        if found.recognizes(path):
+            return found
+    method = (read_json(path / "config.json").get("quantization_config") or {}).get("quant_method", "none")
+    raise CheckpointError(f"no format recognizes `{path}` (quant_method {method}); known: {', '.join(sorted(formats))}")
+
+
+def spec_of(layer: QuantizedLayer) -> LinearSpec:
+    """The question to a backend about a layer."""
+    out_features, in_features = layer.weight.shape
+    return LinearSpec(layer.name, in_features, out_features, layer.weight.scheme, layer.bias is not None)
+
+
+def load(
+    path: str | Path, *, device: str | torch.device = "cpu", backend: str = AUTO, dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> torch.nn.Module:
+    """Load a checkpoint of any registered format as a Transformers model with generate().
+
+    backend: a backend's name, or "auto" for the fastest that takes each layer. dtype: of activations and of what
+    is not quantized; None = as stored. Experts that Transformers keeps in one tensor are dequantized.
+    """
+    path, device = Path(path), torch.device(device)
+    found = find_format(path)
+    adapter: ModelAdapter = get_registry().adapter(read_json(path / "config.json"))
+    model = adapter.skeleton(path, trust_remote_code=trust_remote_code, dtype=dtype)
+    return assemble(model, adapter, found.read(path), device=device, backend=backend)
+
+
+def assemble(
+    model: torch.nn.Module, adapter: ModelAdapter, reader: CheckpointReader, *, device: torch.device, backend: str,
+) -> torch.nn.Module:
+    """Fill a skeleton: a backend's module for each quantized layer, tensors for the rest."""
+    view = adapter.view(model)
+    backends = list(get_registry().backends().values())
+    sites = {site.name: site for site in (*view.sites(), *([view.head] if view.head else []))}
+    dtype = model.dtype
+    dense, built = {}, []
+    for layer in reader.layers():
+        site = sites.get(layer.name)
+        if site is None:
+            raise CheckpointError(f"the checkpoint holds a quantized layer `{layer.name}` that the model does not have")
+        if (site.out_features, site.in_features) != layer.weight.shape:
+            raise CheckpointError(f"layer `{layer.name}` is {layer.weight.shape} in the checkpoint, "
+                                  f"{(site.out_features, site.in_features)} in the model")
+        if site.expert is not None:
+            dense[f"{layer.name}.weight"] = layer.weight.dequantize(dtype)
+            continue
+        chosen = select_backend(backends, spec_of(layer), device, dtype, backend)
+        built.append((site, chosen.build(layer, device, dtype)))
+    for site, module in built:
+        _replace(view, site, module)
+    missing = adapter.fill(view, dense | dict(reader.rest()))
+    if missing:
+        raise CheckpointError(f"the checkpoint has no weights for {', '.join(missing[:5])}"
+                              + (f" and {len(missing) - 5} more" if len(missing) > 5 else ""))
+    return model.to(device)
+
+
+def _replace(view: ModelView, site: LinearSite, module: torch.nn.Module) -> None:
+    parent, _, name = site.module.rpartition(".")
+    setattr(view.model.get_submodule(parent), name, module)
+
+
+def explain(
+    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16,
+) -> Iterator[tuple[LinearSpec, int, list[tuple[str, str | None]]]]:
+    """For each kind of layer: an example, how many there are, and every backend's answer, best first."""
+    from autoround_core.backend import answers
+
+    if not dtype.is_floating_point:
+        raise UsageError(f"dtype must be a float type, got {dtype}")
+    kinds: dict[tuple, tuple[LinearSpec, int]] = {}
+    for layer in find_format(Path(path)).read(Path(path)).layers():
+        spec = spec_of(layer)
+        key = (spec.in_features, spec.out_features, spec.scheme)
+        kinds[key] = (kinds[key][0] if key in kinds else spec, kinds.get(key, (spec, 0))[1] + 1)
+    backends = list(get_registry().backends().values())
+    for spec, count in kinds.values():
+        replies = answers(backends, spec, torch.device(device), dtype)
+        yield spec, count, [(backend.name, reason) for backend, reason in replies]
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A checkpoint in numbers. schemes: scheme -> (layers, bytes of codes, scales and zero points)."""
+
+    format: str
+    model_type: str
+    schemes: dict[str, tuple[int, int]]
+    rest_tensors: int
+    rest_bytes: int
+    total_bytes: int
+    bits_per_weight: float
+    report_lines: tuple[str, ...]
+
+
+def describe(path: str | Path) -> Description:
+    """Read a checkpoint's layers one by one and count."""
+    path = Path(path)
+    found = find_format(path)
+    reader = found.read(path)
+    schemes: dict[str, tuple[int, int]] = {}
+    weights = bits = 0
+    for layer in reader.layers():
+        scheme, stored = layer.weight.scheme, layer.weight.scheme.stored_bits(*layer.weight.shape)
+        count, size = schemes.get(str(scheme), (0, 0))
+        schemes[str(scheme)] = (count + 1, size + -(-stored // 8))
+        weights, bits = weights + math.prod(layer.weight.shape), bits + stored
+    rest = [tensor.numel() * tensor.element_size() for _, tensor in reader.rest()]
+    return Description(
+        format=found.name, model_type=str(reader.config.get("model_type")), schemes=schemes,
+        rest_tensors=len(rest), rest_bytes=sum(rest),
+        total_bytes=sum(file.stat().st_size for file in weight_files(path)),
+        bits_per_weight=bits / max(1, weights), report_lines=_report_lines(path),
+    )
+
+
+def _report_lines(path: Path) -> tuple[str, ...]:
+    if not (path / "report.json").is_file():
+        return ()
+    report = read_json(path / "report.json")
+    settings, calibration = report.get("settings", {}), report.get("calibration")
+    lines = [f"made from {report.get('model')} by {settings.get('algorithm')}, {settings.get('iters')} steps, seed {report.get('seed')}"]
+    if calibration:
+        lines.append(f"calibrated on {calibration['samples']} samples, {calibration['tokens']} tokens of {calibration['source']}")
+    return tuple(lines)

@@ -1,0 +1,46 @@
+"""The output directory: written under a temporary name, renamed when everything in it has been checked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from autoround_core.errors import OutputError
+
+
+class OutputDirectory:
+    """`with OutputDirectory(final, model) as work:` fills `work`; on success it becomes `final`, on failure it goes.
+
+    Raises OutputError before anything is written when `final` is the model's directory or contains it, or is not
+    empty and `overwrite` is false.
+    """
+
+    def __init__(self, final: str | Path, model: Path | None = None, *, overwrite: bool = False) -> None:
+        self.final = Path(final).expanduser().resolve()
+        if model is not None and model.resolve().is_relative_to(self.final):
+            raise OutputError(f"output_dir `{final}` is the model's own directory or contains it; choose another")
+        if self.final.exists():
+            if not self.final.is_dir():
+                raise OutputError(f"output_dir `{final}` is a file")
+            if any(self.final.iterdir()) and not overwrite:
+                raise OutputError(f"output_dir `{final}` is not empty; choose another, or pass --overwrite to replace it")
+        nearest = next(parent for parent in self.final.parents if parent.exists())
+        if not os.access(nearest, os.W_OK):
+            raise OutputError(f"output_dir `{final}` cannot be made: `{nearest}` is not writable")
+        self._work = self.final.with_name(f".{self.final.name}.partial-{os.getpid()}")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self._work, ignore_errors=True)
+        self._work.mkdir(parents=True)
+        return self._work
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is not None:
+            shutil.rmtree(self._work, ignore_errors=True)
+            return
+        old = self.final.with_name(f".{self.final.name}.replaced-{os.getpid()}")
+        if self.final.exists():
+            self.final.rename(old)
+        self._work.rename(self.final)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,134 @@
+"""What will happen to each layer, decided before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from autoround_core.adapter import LinearSite, ModelView
+from autoround_core.backend import Backend, answers
+from autoround_core.errors import UnsupportedError
+from autoround_core.family import NumberFamily
+from autoround_core.format import CheckpointFormat
+from autoround_core.recipe import LinearSpec, QuantRecipe
+from autoround_core.settings import TuningSettings
+
+# effective multiply-add rates of a tuning run, floating-point operations per second; rough on purpose
+_CPU_RATE_PER_THREAD = 60e9
+_GPU_RATE = 150e12
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """One layer. reason: why it stays in 16 bits, empty if it is quantized. backend: what would run it here."""
+
+    spec: LinearSpec
+    reason: str
+    stored_bytes: int
+    backend: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The answer for a whole model. estimate: seconds and bytes, rough."""
+
+    layers: tuple[LayerPlan, ...]
+    kept: Mapping[str, str]
+    stored_bytes: int
+    original_bytes: int
+    linear_bits_per_weight: float
+    seconds: float
+    memory_bytes: int
+
+    def quantized(self) -> dict[str, LinearSpec]:
+        return {layer.spec.name: layer.spec for layer in self.layers if layer.spec.scheme is not None}
+
+    def specs(self) -> list[LinearSpec]:
+        return [layer.spec for layer in self.layers]
+
+
+def make_plan(
+    view: ModelView, recipe: QuantRecipe, settings: TuningSettings, *,
+    formats: Sequence[CheckpointFormat], families: Mapping[str, NumberFamily], backends: Sequence[Backend],
+    device: torch.device, dtype: torch.dtype, quant_lm_head: bool, strict: bool, needs_data: bool,
+) -> Plan:
+    """Ask formats, number families and backends about every layer.
+
+    Raises UnsupportedError when a format or family cannot take a layer, unless `strict` is false: then the layer
+    stays in 16 bits with the reason; and when lm_head is asked for but shares its weight with the embedding.
+    """
+    sites = list(view.sites())
+    if quant_lm_head:
+        if view.tied_head:
+            raise UnsupportedError("lm_head shares its weight with the embedding, which engines look up in 16 bits; "
+                                   "leave out --quant_lm_head for this model")
+        if view.head is None:
+            raise UnsupportedError("this model has no linear lm_head; leave out --quant_lm_head")
+        sites.append(view.head)
+    schemes = recipe.resolve([site.name for site in sites])
+    layers = []
+    for site in sites:
+        spec = _spec(view, site, schemes[site.name])
+        reason = "" if spec.scheme else "by layer_config"
+        if spec.scheme:
+            reason = _refusal(spec, formats, families)
+            if reason and strict:
+                raise UnsupportedError(
+                    f"layer `{spec.name}` ({spec.out_features}x{spec.in_features}) cannot be {spec.scheme}: {reason}; "
+                    "give it another scheme in --layer_config, or pass --no-strict to keep such layers in 16 bits"
+                )
+        spec = spec if not reason else _spec(view, site, None)
+        layers.append(LayerPlan(spec, reason, _stored_bytes(spec, dtype), _backend(spec, backends, device)))
+    return _totals(view, layers, settings, device, dtype, needs_data)
+
+
+def _spec(view: ModelView, site: LinearSite, scheme) -> LinearSpec:
+    return LinearSpec(site.name, site.in_features, site.out_features, scheme, view.bias(site) is not None)
+
+
+def _refusal(spec: LinearSpec, formats, families: Mapping[str, NumberFamily]) -> str:
+    assert spec.scheme is not None
+    reason = families[spec.scheme.data_type].why_not(spec.scheme)
+    if reason:
+        return reason
+    refusals = [(fmt.name, fmt.why_not(spec)) for fmt in formats]
+    return "; ".join(f"format {name}: {reason}" for name, reason in refusals if reason)
+
+
+def _stored_bytes(spec: LinearSpec, dtype: torch.dtype) -> int:
+    if spec.scheme is None:
+        return spec.out_features * spec.in_features * dtype.itemsize
+    return -(-spec.scheme.stored_bits(spec.out_features, spec.in_features) // 8)
+
+
+def _backend(spec: LinearSpec, backends: Sequence[Backend], device: torch.device) -> str:
+    if spec.scheme is None:
+        return "torch"
+    replies = answers(backends, spec, device, torch.bfloat16)
+    return next((backend.name for backend, reason in replies if reason is None), "none")
+
+
+def _totals(view, layers: list[LayerPlan], settings: TuningSettings, device, dtype, needs_data: bool) -> Plan:
+    everything = sum(p.numel() for p in view.model.parameters())
+    linear = sum(layer.spec.out_features * layer.spec.in_features for layer in layers)
+    quantized = [layer for layer in layers if layer.spec.scheme is not None]
+    weights = sum(layer.spec.out_features * layer.spec.in_features for layer in quantized)
+    linear_bytes = sum(layer.stored_bytes for layer in layers)
+    tokens = settings.batch_size * settings.gradient_accumulate_steps * settings.seqlen
+    calibration = settings.nsamples * settings.seqlen if needs_data else 0
+    # forward and backward of each step, two forwards of the whole calibration set, one search over the weights
+    operations = 6.0 * linear * tokens * settings.iters + 4.0 * linear * calibration + 200.0 * linear
+    rate = _CPU_RATE_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else _GPU_RATE
+    width = max((layer.spec.in_features for layer in layers), default=0)
+    block = max((sum(s.out_features * s.in_features for s in b.sites) for b in view.blocks), default=0)
+    states = calibration * min((layer.spec.in_features for layer in layers), default=0) * 4
+    memory = everything * dtype.itemsize + 3 * states + block * (26 if settings.iters else 12) + tokens * width * 64
+    return Plan(
+        layers=tuple(layers), kept=view.kept,
+        stored_bytes=(everything - linear) * dtype.itemsize + linear_bytes,
+        original_bytes=everything * dtype.itemsize,
+        linear_bits_per_weight=8 * sum(layer.stored_bytes for layer in quantized) / max(1, weights),
+        seconds=operations / rate, memory_bytes=int(memory),
+    )

@@ -1,0 +1,163 @@
+"""The driver: block after block through an algorithm, along two chains of hidden states.
+
+The target of a block is what the original block makes of the original chain's states; its input while tuning
+is what the blocks quantized so far made of theirs, so that later blocks repair what earlier ones broke.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from autoround_core.adapter import BlockView, ModelView
+from autoround_core.algorithm import Algorithm, BlockResult, Run
+from autoround_core.capture import PLAIN_CALL, BlockCall, capture, head_inputs, is_batchable
+from autoround_core.errors import NonFiniteError
+from autoround_core.family import NumberFamily
+from autoround_core.model_block import Compute, ModelBlock
+from autoround_core.plan import Plan
+from autoround_core.progress import Progress
+from autoround_core.records import QuantizedLayer, QuantizedWeight
+from autoround_core.settings import TuningSettings
+from autoround_core.signround import output_error
+
+
+@dataclass(frozen=True, slots=True)
+class LayerOutcome:
+    """A finished layer. relative_error: Frobenius norm of the weight's error over that of the weight."""
+
+    layer: QuantizedLayer
+    relative_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class BlockOutcome:
+    """A finished block. before: output error of round-to-nearest, after: of what was kept; None without data."""
+
+    name: str
+    layers: tuple[LayerOutcome, ...]
+    before: float | None
+    after: float | None
+    steps: int
+    best_step: int
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def check_finite(model: torch.nn.Module) -> None:
+    """Raises NonFiniteError naming the first tensor with NaN or infinity."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            position = tuple((~torch.isfinite(tensor)).nonzero()[0].tolist())
+            raise NonFiniteError(
+                f"tensor `{name}` holds {float(tensor[position])} at {list(position)}; repair the model first"
+            )
+
+
+class BlockDriver:
+    """Quantizes a model's blocks in order, and then lm_head if the plan asks for it.
+
+    The model is changed: every finished layer holds its dequantized weight, so that the model ends as the
+    fake-quantized twin of the checkpoint.
+    """
+
+    def __init__(
+        self, view: ModelView, plan: Plan, algorithm: Algorithm, families: Mapping[str, NumberFamily],
+        settings: TuningSettings, compute: Compute, progress: Progress,
+    ) -> None:
+        self._view, self._algorithm, self._families = view, algorithm, families
+        self._settings, self._compute, self._progress = settings, compute, progress
+        self._sites = {site.name: site for site in (*view.sites(), *([view.head] if view.head else []))}
+        self._schemes = {name: spec.scheme for name, spec in plan.quantized().items() if spec.scheme}
+
+    def run(self, input_ids: torch.Tensor | None) -> Iterator[BlockOutcome]:
+        """Yield each block as it is finished. input_ids: [samples, seqlen], None if the algorithm needs no data."""
+        view = self._view
+        with_head = view.head is not None and view.head.name in self._schemes
+        total = len(view.blocks) + with_head
+        hidden, calls = self._capture(input_ids)
+        chains = (hidden, hidden)
+        for index, (block, call) in enumerate(zip(view.blocks, calls, strict=True)):
+            self._progress.block(index, total, block.name)
+            outcome, chains = self._quantize(index, block, call, chains)
+            yield outcome
+            self._progress.block_done(index, total, block.name, outcome.before, outcome.after)
+        if with_head:
+            head = BlockView(view.head.name, view.model.get_submodule(view.head.module), (view.head,))
+            self._progress.block(total - 1, total, head.name)
+            if input_ids is not None:
+                chains = tuple(head_inputs(view, input_ids, chain).float() for chain in chains)
+            outcome, _ = self._quantize(total - 1, head, PLAIN_CALL, chains, last=True)
+            yield outcome
+            self._progress.block_done(total - 1, total, head.name, outcome.before, outcome.after)
+
+    def _capture(self, input_ids: torch.Tensor | None) -> tuple[torch.Tensor | None, list[BlockCall]]:
+        if input_ids is None:
+            return None, [PLAIN_CALL] * len(self._view.blocks)
+        first = self._view.blocks[0].module
+        hidden, calls = capture(self._view, input_ids)
+        # the residual stream is kept in float32: blocks add small differences to large states
+        hidden = hidden.to(self._compute.storage, torch.float32)
+        with torch.no_grad(), self._compute.autocast():
+            together = is_batchable(calls[0], first, hidden[:2].to(next(first.parameters()).device))
+        return hidden, [replace(call, batchable=together) for call in calls]
+
+    def _quantize(self, index: int, view: BlockView, call: BlockCall, chains, *, last: bool = False):
+        """(outcome of one block, the chains behind it). last: nothing follows, and targets are not kept (lm_head)."""
+        start = time.perf_counter()
+        view.module.to(self._compute.device)
+        schemes = {site.name: self._schemes[site.name] for site in view.sites if site.name in self._schemes}
+        families = {name: self._families[scheme.data_type] for name, scheme in schemes.items()}
+        block = ModelBlock(view.name, view.module, view.sites, call,
+                           schemes=schemes, families=families, compute=self._compute)
+        settings, (original, quantized) = self._settings, chains
+        if quantized is not None:
+            if last:  # logits are wide: one sample at a time, as many per step as elsewhere
+                accumulate = settings.batch_size * settings.gradient_accumulate_steps
+                settings = replace(settings, batch_size=1, gradient_accumulate_steps=accumulate)
+            targets = None if last else block.outputs(original, settings.batch_size)
+            block.set_chains(original, quantized, targets)
+            original = targets
+        result, before, after = self._tune(block, index, settings)
+        layers = tuple(self._layer(block, name, weight) for name, weight in result.weights.items())
+        block.write_back({layer.layer.name: layer.layer.weight.dequantize(torch.float32) for layer in layers})
+        if quantized is not None and not last:
+            quantized = block.outputs(quantized, settings.batch_size)
+        view.module.to("cpu")
+        outcome = BlockOutcome(view.name, layers, before, after, result.steps, result.best_step,
+                               time.perf_counter() - start, result.notes)
+        return outcome, (original, quantized)
+
+    def _tune(self, block: ModelBlock, index: int, settings: TuningSettings):
+        """(result, error of round-to-nearest, error of the result), errors over the whole calibration set."""
+        if not block.schemes:
+            return BlockResult({}), None, None
+        run = Run(settings, seed=settings.seed * 1_000_003 + index, progress=self._progress.step)
+        result = self._algorithm.quantize_block(block, run)
+        if not block.samples:
+            return result, None, None
+        start = {
+            name: block.families[name].round_to_nearest(weight, block.schemes[name])
+            for name, weight in block.weights.items()
+        }
+        before, after = (self._error(block, weights, settings) for weights in (start, result.weights))
+        if after <= before:
+            return result, before, after
+        note = f"{block.name}: tuning did not help (error {after:.3g}, was {before:.3g}); rounded to nearest"
+        self._progress.warn(note)
+        return replace(result, weights=start, best_step=0, notes=(*result.notes, note)), before, before
+
+    def _error(self, block: ModelBlock, weights: Mapping[str, QuantizedWeight], settings: TuningSettings) -> float:
+        dense = {name: weight.dequantize(block.weights[name].dtype) for name, weight in weights.items()}
+        return output_error(block, dense, torch.arange(block.samples), settings.batch_size)
+
+    def _layer(self, block: ModelBlock, name: str, weight: QuantizedWeight) -> LayerOutcome:
+        original = block.weights[name].float()
+        error = torch.linalg.norm(weight.dequantize(torch.float32) - original)
+        norm = torch.linalg.norm(original)
+        bias = self._view.bias(self._sites[name])
+        layer = QuantizedLayer(name, weight.to(torch.device("cpu")), None if bias is None else bias.detach())
+        return LayerOutcome(layer, float(error / norm) if norm > 0 else 0.0)

@@ -1,0 +1,140 @@
+"""SignRound: rounding offsets and clipping ranges tuned by signed gradient descent (arXiv 2309.05516).
+
+Each step runs the block with fake-quantized weights on a random batch and moves every parameter by the
+learning rate against the sign of its gradient; the rate falls linearly to zero, so that an offset travels
+at most half a rounding step. The error is the mean square distance from the output of the original block.
+
+Three things differ from the public implementation. The parameters that are kept are those with the least
+error on a fixed slice of the calibration set, not those that met the easiest random batch; the parameters
+after the last step are a candidate like the others; and rounding to nearest, where the block began, stays
+if nothing beat it.
+"""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from autoround_core.algorithm import Algorithm, Block, BlockResult, Run
+from autoround_core.family import TunableWeight
+
+VALIDATION_SAMPLES = 32
+_CHECKS = 8
+_LOSS_FACTOR = 1000.0  # only the sign of a gradient counts; this keeps small ones from vanishing in bfloat16
+
+
+class SignRound(Algorithm):
+    """Signed gradient descent on the output error of a block."""
+
+    name = "signround"
+
+    def quantize_block(self, block: Block, run: Run) -> BlockResult:
+        settings = run.settings
+        tunables = {
+            name: block.families[name].tunable(weight, block.schemes[name])
+            for name, weight in block.weights.items()
+        }
+        rates = {name: settings.rates(block.schemes[name].bits) for name in tunables}
+        batches = _batches(block.samples, settings.batch_size * settings.gradient_accumulate_steps, run.seed)
+        slice_ = torch.arange(min(VALIDATION_SAMPLES, block.samples))
+        keeper = _Keeper(tunables, _error(block, tunables, slice_, settings.batch_size))
+        checks = _check_steps(settings.iters)
+        for step in range(settings.iters):
+            rows = next(batches)
+            _gradients(block, tunables, rows.split(settings.batch_size))
+            _descend(tunables, rates, 1.0 - step / settings.iters)
+            if step + 1 in checks:
+                keeper.offer(step + 1, _error(block, tunables, slice_, settings.batch_size))
+            run.progress(step + 1, settings.iters, keeper.error)
+        keeper.restore()
+        weights = {name: tunable.finish() for name, tunable in tunables.items()}
+        return BlockResult(weights, steps=settings.iters, best_step=keeper.step)
+
+
+def _check_steps(iters: int) -> set[int]:
+    """Steps after which the slice is measured: evenly spread, the last among them."""
+    return {round(iters * (i + 1) / _CHECKS) for i in range(_CHECKS)} - {0}
+
+
+def _batches(samples: int, size: int, seed: int):
+    """Yield random rows without end; every sample once per pass, a partial batch is left to the next shuffle."""
+    shuffler, size = random.Random(seed), min(size, samples)
+    while True:
+        order = list(range(samples))
+        shuffler.shuffle(order)
+        for start in range(0, samples - size + 1, size):
+            yield torch.tensor(order[start : start + size])
+
+
+def _gradients(block: Block, tunables: dict[str, TunableWeight], micro_batches) -> None:
+    """Fill the gradients of all parameters. The weights are quantized once, whatever the number of micro-batches."""
+    quantized = {name: tunable.fake_quantize() for name, tunable in tunables.items()}
+    leaves = {name: weight.detach().to(block.weights[name].dtype).requires_grad_() for name, weight in quantized.items()}
+    for rows in micro_batches:
+        error = torch.nn.functional.mse_loss(block.forward(leaves, rows).float(), block.target(rows).float())
+        (error * _LOSS_FACTOR).backward()
+    # an expert that no token of the batch reached has no gradient and stays where it is
+    reached = [name for name in leaves if leaves[name].grad is not None]
+    torch.autograd.backward([quantized[n] for n in reached], [leaves[n].grad.float() for n in reached])
+
+
+@torch.no_grad()
+def _descend(tunables: dict[str, TunableWeight], rates: dict[str, tuple[float, float]], share: float) -> None:
+    for name, tunable in tunables.items():
+        rate, range_rate = rates[name]
+        if tunable.rounding.grad is None:
+            continue
+        tunable.rounding.add_(tunable.rounding.grad.sign_(), alpha=-rate * share)
+        tunable.rounding.grad = None
+        for factor in tunable.ranges:
+            if factor.grad is not None:
+                factor.add_(factor.grad.sign_(), alpha=-range_rate * share).clamp_(0.0, 1.0)
+                factor.grad = None
+
+
+@torch.no_grad()
+def _error(block: Block, tunables: dict[str, TunableWeight], rows: torch.Tensor, batch_size: int) -> float:
+    """Mean square error of the block with the present parameters on `rows`."""
+    weights = {name: tunable.fake_quantize().to(block.weights[name].dtype) for name, tunable in tunables.items()}
+    return output_error(block, weights, rows, batch_size)
+
+
+@torch.no_grad()
+def output_error(block: Block, weights, rows: torch.Tensor, batch_size: int) -> float:
+    """Mean square distance between the block's output with `weights` and its target, over `rows`."""
+    total = 0.0
+    for batch in rows.split(batch_size):
+        error = torch.nn.functional.mse_loss(block.forward(weights, batch).float(), block.target(batch).float())
+        total += float(error) * len(batch)
+    return total / len(rows)
+
+
+class _Keeper:
+    """Remembers the parameters of least error; step 0, where they start, needs no copy."""
+
+    def __init__(self, tunables: dict[str, TunableWeight], error: float) -> None:
+        self._tunables = tunables
+        self._best: list[torch.Tensor] | None = None
+        self.step, self.error = 0, error
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [p for tunable in self._tunables.values() for p in (tunable.rounding, *tunable.ranges)]
+
+    def offer(self, step: int, error: float) -> None:
+        # a NaN error is never the better one
+        if error < self.error:
+            self.step, self.error = step, error
+            self._best = [parameter.detach().clone() for parameter in self._parameters()]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for i, parameter in enumerate(self._parameters()):
+            if self._best is not None:
+                parameter.copy_(self._best[i])
+                continue
+        if self._best is None:
+            for tunable in self._tunables.values():
+                tunable.rounding.zero_()
+                for factor in tunable.ranges:
+                    factor.fill_(1.0)

@@ -1,0 +1,1 @@
+"""Checkpoint formats of AutoRound. They are found through the entry point `export`; nothing needs importing."""

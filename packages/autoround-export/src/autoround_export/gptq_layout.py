@@ -1,0 +1,63 @@
+"""The GPTQ tensor layout: codes packed along the input features.
+
+qweight int32 [in*bits/32, out], qzeros int32 [groups, out*bits/32], scales float16 [groups, out]; dense
+little-endian bitstreams. Version 1 of the layout stores zero_point - 1, version 2 stores zero_point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from autoround_core import AffineWeight, CheckpointError, LinearSpec, QuantScheme, TensorLayout, pack_bits, unpack_bits
+
+_WORD = 32
+
+
+class GptqLayout(TensorLayout):
+    """zero_offset: 1 for version 1 of the layout, 0 for version 2."""
+
+    tensor_names = ("qweight", "qzeros", "scales")
+
+    def __init__(self, zero_offset: int) -> None:
+        self.name = "gptq" if zero_offset else "gptq_v2"
+        self._zero_offset = zero_offset
+
+    def why_not(self, spec: LinearSpec) -> str | None:
+        assert spec.scheme is not None
+        if spec.scheme.data_type != "int":
+            return f"the GPTQ layout stores integers, not {spec.scheme.data_type}"
+        if self._zero_offset and not spec.scheme.sym:
+            return "this packing stores zero_point - 1, which an asymmetric zero_point of 0 does not survive"
+        for what, size in (("in_features", spec.in_features), ("out_features", spec.out_features)):
+            if size % _WORD:
+                return f"{what} must be divisible by {_WORD}, got {size}"
+        return None
+
+    def pack(self, weight: AffineWeight) -> dict[str, torch.Tensor]:
+        bits = weight.scheme.bits
+        zeros = weight.zero_point.T.contiguous() - self._zero_offset
+        return {
+            "qweight": pack_bits(weight.codes, bits).T.contiguous(),
+            "qzeros": pack_bits(zeros, bits),
+            "scales": weight.scale.T.contiguous(),
+        }
+
+    def unpack(
+        self, tensors: Mapping[str, torch.Tensor], scheme: QuantScheme, shape: tuple[int, int] | None = None
+    ) -> AffineWeight:
+        words, out_features = tensors["qweight"].shape
+        in_features = words * _WORD // scheme.bits
+        if shape not in (None, (out_features, in_features)):
+            raise CheckpointError(f"qweight holds {(out_features, in_features)} weights, {shape} were expected")
+        try:
+            zeros = unpack_bits(tensors["qzeros"], scheme.bits, out_features) + self._zero_offset
+            return AffineWeight(
+                scheme=scheme,
+                codes=unpack_bits(tensors["qweight"].T, scheme.bits, in_features),
+                scale=tensors["scales"].T.contiguous(),
+                zero_point=zeros.T.contiguous(),
+            )
+        except ValueError as error:
+            raise CheckpointError(f"GPTQ tensors contradict {scheme}: {error}") from None
