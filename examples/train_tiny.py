@@ -287,7 +287,7 @@ def check(options: Options, output_dir: Path) -> None:
     if not 2 <= options.seqlen <= CONTEXT:
         raise click.UsageError(f"--seqlen must be from 2 to {CONTEXT}, got {options.seqlen}")
     if options.vocab_size < 256 + 3:
-        raise click.UsageError(f"--vocab_size must hold 256 bytes and 3 marks: {options.vocab_size}")
+        raise click.UsageError(f"--vocab_size must be at least 259, got {options.vocab_size}")
     if not options.lr > 0:
         raise click.UsageError(f"--lr must be positive, got {options.lr}")
 

@@ -269,6 +269,8 @@ def test_several_data_sets_share_the_rows_and_are_shuffled_by_the_seed(tmp_path)
     assert calibration.sha256 == load(text, nsamples=6, seed=42).sha256
     assert calibration.sha256 != load(text, nsamples=6, seed=43).sha256
     assert (calibration.source, calibration.documents) == (text, 3)
+    with pytest.raises(CalibrationError, match=r"b.txt` gives 10 rows .* or pass :num=10 or"):
+        load(text, nsamples=41)
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -463,6 +465,8 @@ def test_too_little_data_names_every_number():
         "`given documents` gives 1 rows of 4 tokens (8 tokens in 2 documents), 3 were asked: "
         "add data, or pass --nsamples 1 or a smaller --seqlen"
     )
+    with pytest.raises(CalibrationError, match="pass a smaller --seqlen"):
+        load(["ab"])
     with pytest.raises(CalibrationError, match="calibration set `given documents` is empty"):
         load(["", ""])
 

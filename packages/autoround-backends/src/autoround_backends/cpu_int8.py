@@ -8,6 +8,7 @@ from autoround_core import AffineWeight, Backend, LinearSpec, QuantizedLayer
 
 MOST_ROWS = 16  # above this dequantizing once and multiplying in bfloat16 is faster
 _ZERO = 128
+_COLUMNS = 16  # the operator reads rows in steps of 16 and does not check that they end there
 
 
 class CpuInt8(Backend):
@@ -29,6 +30,8 @@ class CpuInt8(Backend):
             return f"needs bfloat16, got {dtype}; load with dtype=torch.bfloat16"
         if not scheme.sym or scheme.groups(spec.in_features) != 1:
             return f"needs symmetric weights with group_size -1, got {scheme}"
+        if spec.in_features % _COLUMNS:
+            return f"needs in_features divisible by {_COLUMNS}, got {spec.in_features}"
         return None
 
     def build(self, layer: QuantizedLayer, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:

@@ -34,7 +34,7 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     *lead, count = codes.shape
     size = packed_bytes(count, bits)
     if bits == 8 and size == count:
-        return codes.contiguous().view(torch.int32)
+        return _view(codes, torch.int32)
     octets = -(-count // _CODES)
     if octets * _CODES != count:
         codes = torch.nn.functional.pad(codes, (0, octets * _CODES - count))
@@ -45,7 +45,7 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     stream = word.unsqueeze(-1).view(torch.uint8)[..., :bits].reshape(*lead, octets * bits)
     if octets * bits != size:
         stream = torch.nn.functional.pad(stream[..., :size], (0, max(0, size - octets * bits)))
-    return stream.contiguous().view(torch.int32)
+    return _view(stream, torch.int32)
 
 
 def unpack_bits(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
@@ -59,7 +59,7 @@ def unpack_bits(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     *lead, length = words.shape
     if length * 4 != packed_bytes(count, bits):
         raise ValueError(f"{length} words cannot hold exactly {count} codes of {bits} bits")
-    stream = words.contiguous().view(torch.uint8)
+    stream = _view(words, torch.uint8)
     if bits == 8:
         return stream[..., :count].contiguous()
     octets = -(-count // _CODES)
@@ -73,6 +73,13 @@ def unpack_bits(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     for i in range(_CODES):
         codes[..., i] = ((word >> (i * bits)) & mask).squeeze(-1)
     return codes.reshape(*lead, octets * _CODES)[..., :count].contiguous()
+
+
+def _view(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The bytes of a tensor as another integer type, its last axis scaled accordingly."""
+    # a transposed [1, n] counts as contiguous and keeps strides that torch refuses to view; flat ones are plain
+    *lead, length = tensor.shape
+    return tensor.contiguous().view(-1).view(dtype).view(*lead, length * tensor.element_size() // dtype.itemsize)
 
 
 def _check_bits(bits: int) -> None:

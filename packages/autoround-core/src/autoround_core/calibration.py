@@ -112,7 +112,7 @@ def load_calibration(
     for (spec, rows), wanted in zip(opened, shares, strict=True):
         documents = _token_documents(spec, rows, tokenizer)
         packed = pack(documents, wanted, seqlen, concat=spec.concat)
-        _check_packed(spec, packed, wanted, seqlen)
+        _check_packed(spec, packed, wanted, seqlen, alone=len(specs) == 1)
         _check_ids(spec, packed.rows, tokenizer)
         parts.append(packed)
     rows = [row for packed in parts for row in packed.rows]
@@ -259,12 +259,14 @@ def _check_number(name: str, value: int, least: int) -> None:
         raise UsageError(f"{name} must be a whole number of at least {least}, got {value}")
 
 
-def _check_packed(spec: DatasetSpec, packed: Packed, wanted: int, seqlen: int) -> None:
+def _check_packed(
+    spec: DatasetSpec, packed: Packed, wanted: int, seqlen: int, *, alone: bool
+) -> None:
     if not packed.documents:
         raise CalibrationError(f"calibration set `{spec.name}` is empty")
     count = len(packed.rows)
     if count < wanted:
-        fewer = f"pass --nsamples {count} or " if count else "pass "
+        fewer = f"pass {'--nsamples ' if alone else ':num='}{count} or " if count else "pass "
         raise CalibrationError(
             f"`{spec.name}` gives {count} rows of {seqlen} tokens ({packed.tokens} tokens in "
             f"{packed.documents} documents), {wanted} were asked: "

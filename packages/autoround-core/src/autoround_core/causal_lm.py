@@ -8,7 +8,9 @@ expert is called what every engine calls it (`experts.3.gate_proj`, or `w1` in M
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from autoround_core.adapter import BlockView, LinearSite, ModelAdapter, ModelView, fuse
 from autoround_core.errors import ModelError, UnsupportedError
 
+_log = logging.getLogger(__name__)
 _ROUTER = "decides which experts run"
 
 
@@ -26,8 +29,15 @@ class CausalLM(ModelAdapter):
     def load(self, path: Path, *, trust_remote_code: bool) -> torch.nn.Module:
         from transformers import AutoModelForCausalLM
 
-        with _readable(path):
-            model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=trust_remote_code)
+        with _readable(path), _quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
+            )
+        # Transformers fills what is missing with random numbers and drops what it does not know
+        if info["missing_keys"]:
+            raise ModelError(f"`{path}` has no weights for {_some(info['missing_keys'])}")
+        if info["unexpected_keys"]:
+            _log.warning("%s: the model does not use, and the result will not hold, %s", path, _some(info["unexpected_keys"]))
         return _prepare(model)
 
     def skeleton(self, path: Path, *, trust_remote_code: bool, dtype: torch.dtype | None = None) -> torch.nn.Module:
@@ -104,6 +114,28 @@ class CausalLM(ModelAdapter):
 
         with _readable(path):
             return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def _some(names: Iterable[str], limit: int = 3) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(f"`{name}`" for name in names[:limit]) + more
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Transformers' own bars and load report off the screen: what matters of them is checked and said here."""
+    from transformers.utils import logging as transformers_logging
+
+    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 class _readable:

@@ -119,16 +119,16 @@ class _FakeQuantize(torch.autograd.Function):
         steps = groups / scale
         rounded = (steps + rounding).round_().add_(zero_point)
         codes = rounded.clamp(0, 2**bits - 1)
-        inside = codes == rounded
+        clamped = codes != rounded
         codes -= zero_point
-        ctx.save_for_backward(steps, codes, inside, scale)
+        ctx.save_for_backward(steps, codes, clamped, scale)
         ctx.tune_zero = ctx.needs_input_grad[3]
         return codes * scale
 
     @staticmethod
     def backward(ctx, gradient):
-        steps, codes, inside, scale = ctx.saved_tensors
-        passed = gradient * inside
+        steps, codes, clamped, scale = ctx.saved_tensors
+        passed = gradient.masked_fill(clamped, 0.0)
         d_scale = torch.sub(torch.linalg.vecdot(gradient, codes), torch.linalg.vecdot(passed, steps))
         d_zero = None
         if ctx.tune_zero:

@@ -40,9 +40,15 @@ class ModelBlock(Block):
         self._originals = {
             site.name: site.read(parameters[path]).detach() for path, group in self._paths.items() for site in group
         }
+        # only weights handed to `forward` need a gradient. Gains and biases meet the float32 residual stream in
+        # float32: products of two dtypes take a slow path
+        self._frozen = {
+            path: parameter.detach().float() if parameter.dim() < 2 else parameter.detach()
+            for path, parameter in parameters.items() if path not in self._paths
+        }
         self._weights = {name: weight for name, weight in self._originals.items() if name in schemes}
-        self._hidden = self._hidden_original = torch.empty(0)
-        self._targets: torch.Tensor | None = None
+        self._hidden = self._original = torch.empty(0)
+        self._targets_given = True
 
     def _local(self, site: LinearSite) -> str:
         """Name of the site's parameter within the block (the block itself may be the linear layer: lm_head)."""
@@ -52,35 +58,43 @@ class ModelBlock(Block):
     def weights(self) -> Mapping[str, torch.Tensor]:
         return self._weights
 
-    def set_chains(self, original: torch.Tensor, quantized: torch.Tensor, targets: torch.Tensor | None) -> None:
-        """Inputs of the original and of the quantized chain; targets None = compute them when asked."""
-        self._hidden_original, self._hidden, self._targets = original, quantized, targets
+    def set_chains(self, original: torch.Tensor, quantized: torch.Tensor, *, targets_given: bool) -> None:
+        """quantized: inputs of the quantized chain. original: what the original block makes of the original chain if
+        `targets_given`, else that chain's inputs, from which targets are computed whenever they are asked for.
+        """
+        self._original, self._hidden, self._targets_given = original, quantized, targets_given
         self.samples = len(quantized)
 
     def forward(self, weights: Mapping[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
         weights = {**self._originals, **weights}
-        parameters = {path: fuse(sites, weights) for path, sites in self._paths.items()}
-
-        def functional(*args, **kwargs):
-            return torch.func.functional_call(self._module, parameters, args, kwargs)
-
-        return self._run(functional, self._hidden, rows)
+        fused = {path: fuse(sites, weights) for path, sites in self._paths.items()}
+        return self._run(self._hidden, rows, fused)
 
     def target(self, rows: torch.Tensor) -> torch.Tensor:
-        if self._targets is not None:
-            return self._compute.fetch(self._targets, rows)
+        if self._targets_given:
+            return self._compute.fetch(self._original, rows)
         with torch.no_grad():
-            return self._run(self._module, self._hidden_original, rows)
+            return self._run(self._original, rows)
 
     @torch.no_grad()
-    def outputs(self, hidden: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """Outputs [samples, seqlen, width] of the block with the weights it holds now, kept where inputs are kept."""
-        result = torch.empty_like(hidden)
-        for rows in torch.arange(len(hidden)).split(batch_size):
-            result[rows] = self._run(self._module, hidden, rows).to(result)
-        return result
+    def advance(self, hidden: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """Replace the inputs [samples, seqlen, width] by the outputs of the block with the weights it holds now.
 
-    def _run(self, forward, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        In place: the states of a calibration set are what a run keeps most of in memory.
+        """
+        for rows in torch.arange(len(hidden)).split(batch_size):
+            hidden[rows.to(hidden.device)] = self._run(hidden, rows).to(hidden)
+        return hidden
+
+    def _run(
+        self, hidden: torch.Tensor, rows: torch.Tensor, fused: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Output for the samples `rows` of `hidden`, with the parameters `fused` in place of the module's own."""
+        parameters = self._frozen | dict(fused or {})
+
+        def forward(*args, **kwargs):
+            return torch.func.functional_call(self._module, parameters, args, kwargs)
+
         with self._compute.autocast():
             return self._call.run(forward, self._compute.fetch(hidden, rows), rows)
 
@@ -89,7 +103,7 @@ class ModelBlock(Block):
         statistics = _InputSquares(self._module, self._paths)
         with statistics.watching():
             for rows in torch.arange(self.samples).split(1):
-                self._run(self._module, self._hidden, rows)
+                self._run(self._hidden, rows)
         squares = statistics.mean_squares()
         return {name: squares[name] for name in self.schemes}
 

@@ -77,7 +77,7 @@ def make_plan(
             if reason and strict:
                 raise UnsupportedError(
                     f"layer `{spec.name}` ({spec.out_features}x{spec.in_features}) cannot be {spec.scheme}: {reason}; "
-                    "give it another scheme in --layer_config, or pass --no-strict to keep such layers in 16 bits"
+                    "give it another scheme in --layer_config, or pass --no_strict to keep such layers in 16 bits"
                 )
         spec = spec if not reason else _spec(view, site, None)
         layers.append(LayerPlan(spec, reason, _stored_bytes(spec, dtype), _backend(spec, backends, device)))

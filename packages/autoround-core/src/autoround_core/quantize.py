@@ -15,7 +15,7 @@ import torch
 from autoround_core.adapter import BlockView, ModelView
 from autoround_core.algorithm import Algorithm, BlockResult, Run
 from autoround_core.capture import PLAIN_CALL, BlockCall, capture, head_inputs, is_batchable
-from autoround_core.errors import NonFiniteError
+from autoround_core.errors import NonFiniteError, UnsupportedError
 from autoround_core.family import NumberFamily
 from autoround_core.model_block import Compute, ModelBlock
 from autoround_core.plan import Plan
@@ -118,14 +118,16 @@ class BlockDriver:
             if last:  # logits are wide: one sample at a time, as many per step as elsewhere
                 accumulate = settings.batch_size * settings.gradient_accumulate_steps
                 settings = replace(settings, batch_size=1, gradient_accumulate_steps=accumulate)
-            targets = None if last else block.outputs(original, settings.batch_size)
-            block.set_chains(original, quantized, targets)
-            original = targets
+            if index == 0:  # the chains part here
+                original = original.clone()
+            if not last:
+                original = block.advance(original, settings.batch_size)
+            block.set_chains(original, quantized, targets_given=not last)
         result, before, after = self._tune(block, index, settings)
         layers = tuple(self._layer(block, name, weight) for name, weight in result.weights.items())
         block.write_back({layer.layer.name: layer.layer.weight.dequantize(torch.float32) for layer in layers})
         if quantized is not None and not last:
-            quantized = block.outputs(quantized, settings.batch_size)
+            quantized = block.advance(quantized, settings.batch_size)
         view.module.to("cpu")
         outcome = BlockOutcome(view.name, layers, before, after, result.steps, result.best_step,
                                time.perf_counter() - start, result.notes)
@@ -135,20 +137,24 @@ class BlockDriver:
         """(result, error of round-to-nearest, error of the result), errors over the whole calibration set."""
         if not block.schemes:
             return BlockResult({}), None, None
+        start = {name: self._round_to_nearest(block, name) for name in block.weights}
         run = Run(settings, seed=settings.seed * 1_000_003 + index, progress=self._progress.step)
         result = self._algorithm.quantize_block(block, run)
         if not block.samples:
             return result, None, None
-        start = {
-            name: block.families[name].round_to_nearest(weight, block.schemes[name])
-            for name, weight in block.weights.items()
-        }
         before, after = (self._error(block, weights, settings) for weights in (start, result.weights))
         if after <= before:
             return result, before, after
         note = f"{block.name}: tuning did not help (error {after:.3g}, was {before:.3g}); rounded to nearest"
         self._progress.warn(note)
         return replace(result, weights=start, best_step=0, notes=(*result.notes, note)), before, before
+
+    def _round_to_nearest(self, block: ModelBlock, name: str) -> QuantizedWeight:
+        """Where every algorithm begins; what cannot even be rounded is refused by name before any tuning."""
+        try:
+            return block.families[name].round_to_nearest(block.weights[name], block.schemes[name])
+        except UnsupportedError as error:
+            raise UnsupportedError(f"layer `{name}`: {error}") from None
 
     def _error(self, block: ModelBlock, weights: Mapping[str, QuantizedWeight], settings: TuningSettings) -> float:
         dense = {name: weight.dequantize(block.weights[name].dtype) for name, weight in weights.items()}

@@ -79,7 +79,7 @@ def build_report(
         layers[spec.name] = {
             "scheme": str(spec.scheme) if spec.scheme else "16 bit", "shape": [spec.out_features, spec.in_features],
             "bytes": row.stored_bytes,
-            "bits_per_weight": round(8 * row.stored_bytes / (spec.out_features * spec.in_features), 4),
+            "bits_per_weight": round(8 * row.stored_bytes / (spec.out_features * spec.in_features), 6),
             "relative_weight_error": errors.get(spec.name), **({"reason": row.reason} if row.reason else {}),
         }
     blocks = {

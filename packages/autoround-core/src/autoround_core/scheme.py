@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from autoround_core.errors import UsageError
+from autoround_core.errors import UsageError, unknown_name
 
 MIN_BITS, MAX_BITS = 2, 8
 WHOLE_ROW = -1
 _SPELLING = re.compile(
     r"W(?P<bits>\d+)(?:A(?P<activation>\d+))?(?:G(?P<group>-?\d+))?(?:-(?P<symmetry>a?sym))?", re.IGNORECASE
 )
-_EXAMPLES = "W4, W4A16, W4G128, W2G64-asym, W8G-1"
+_EXAMPLES = ("W2", "W3", "W4", "W8", "W4A16", "W4G128", "W2G64-asym", "W8G-1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +50,11 @@ class QuantScheme:
     def parse(cls, text: str) -> QuantScheme:
         """Read a spelling such as `W4G128`, `W4A16` or `W2G64-asym`.
 
-        Raises UsageError with examples when the text is no scheme.
+        Raises UnknownNameError with examples when the text is no scheme.
         """
         match = _SPELLING.fullmatch(text.strip())
         if match is None:
-            raise UsageError(f"unknown scheme `{text}`; write it like {_EXAMPLES}")
+            raise unknown_name("scheme", text, _EXAMPLES, "; W<bits>[G<group size>][-asym] in general")
         if match["activation"] not in (None, "16"):
             raise UsageError(f"scheme `{text}` asks for {match['activation']}-bit activations; only A16 is supported")
         return cls(

@@ -19,8 +19,8 @@ import torch
 from autoround_core.algorithm import Algorithm, Block, BlockResult, Run
 from autoround_core.family import TunableWeight
 
-VALIDATION_SAMPLES = 32
-_CHECKS = 8
+VALIDATION_SAMPLES = 16
+_CHECKS = 5
 _LOSS_FACTOR = 1000.0  # only the sign of a gradient counts; this keeps small ones from vanishing in bfloat16
 
 

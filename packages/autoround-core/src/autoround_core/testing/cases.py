@@ -1,0 +1,109 @@
+"""What the checks share: schemes, random records, and how a failure is worded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autoround_core.recipe import LinearSpec
+from autoround_core.records import AffineWeight, QuantizedLayer
+from autoround_core.scheme import MAX_BITS, MIN_BITS, QuantScheme
+
+_REASONS = 4  # refusals shown in an error
+SCHEMES: tuple[QuantScheme, ...] = tuple(
+    QuantScheme(bits, group_size, sym)
+    for bits in range(MIN_BITS, MAX_BITS + 1)
+    for group_size in (32, 64, 128, -1)
+    for sym in (True, False)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """cells: cases that were run and passed. refusals: the different reasons why others were not run."""
+
+    cells: int
+    refusals: tuple[str, ...] = ()
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raise AssertionError with the sentence unless the condition holds; unlike `assert`, also under -O."""
+    if not condition:
+        raise AssertionError(sentence)
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Whatever goes wrong inside is the plugin's failure at `what`."""
+    try:
+        yield
+    except AssertionError:
+        raise
+    except Exception as error:
+        raise AssertionError(f"{what} raised {type(error).__name__}: {error}") from error
+
+
+def ask(what: str, why_not: Callable[..., Any], *question: Any) -> str | None:
+    """The answer of a `why_not`, which must be None or a sentence and must not be an exception."""
+    with doing(f"{what}: why_not{question}"):
+        reason = why_not(*question)
+    require(reason is None or (isinstance(reason, str) and bool(reason.strip())),
+            f"{what}: why_not{question} must be None or a sentence, got {reason!r}")
+    return reason
+
+
+def conclude(what: str, cells: int, refusals: set[str]) -> Checked:
+    """The result of a check. Raises AssertionError when there was nothing to check."""
+    reasons = tuple(sorted(refusals))
+    few = "; ".join(reasons[:_REASONS]) or "none was given"
+    more = f"; and {len(reasons) - _REASONS} more reasons" if len(reasons) > _REASONS else ""
+    require(cells > 0, f"{what}: nothing was checked, because every case was refused: {few}{more}")
+    return Checked(cells, reasons)
+
+
+def spec_of(scheme: QuantScheme, shape: tuple[int, int], *, bias: bool = False) -> LinearSpec:
+    """The question about a layer of `shape` (out, in)."""
+    return LinearSpec("layer", in_features=shape[1], out_features=shape[0], scheme=scheme, has_bias=bias)
+
+
+def random_weight(
+    scheme: QuantScheme, shape: tuple[int, int], generator: torch.Generator, *, extreme: bool = False,
+) -> AffineWeight:
+    """A record [out, in] with codes and zero points from end to end, and scales of either sign.
+
+    Scales are such that a row has a norm near 1. extreme: the smallest and the largest float16 are among them.
+    """
+    out_features, in_features = shape
+    top = 2**scheme.bits - 1
+    grid = (out_features, scheme.groups(in_features))
+    codes = torch.randint(0, top + 1, shape, generator=generator)
+    codes.view(-1)[0], codes.view(-1)[-1] = top, 0
+    zero_point = torch.full(grid, 2 ** (scheme.bits - 1))
+    if not scheme.sym:
+        zero_point = torch.randint(0, top + 1, grid, generator=generator)
+        zero_point.view(-1)[0], zero_point.view(-1)[-1] = 0, top
+    scale = 0.5 + torch.rand(grid, generator=generator)
+    scale *= torch.randint(0, 2, grid, generator=generator) * 2 - 1
+    scale /= 2**scheme.bits * in_features**0.5
+    if extreme:
+        scale.view(-1)[0], scale.view(-1)[-1] = 2.0**-24, -65504.0
+    return AffineWeight(scheme, codes.to(torch.uint8), scale.to(torch.float16), zero_point.to(torch.uint8))
+
+
+def random_layer(
+    scheme: QuantScheme, shape: tuple[int, int], generator: torch.Generator, *, name: str = "layer",
+    bias: bool = False,
+) -> QuantizedLayer:
+    """A layer around `random_weight`, its bias [out] in bfloat16."""
+    weight = random_weight(scheme, shape, generator)
+    values = torch.randn(shape[0], generator=generator).to(torch.bfloat16) if bias else None
+    return QuantizedLayer(name, weight, values)
+
+
+def same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Equal dtype, shape and bytes."""
+    return left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right)
