@@ -2,9 +2,13 @@
 
     pip install auto-round==0.16.1 && python tests/data/make_peer_rtn.py
 
-One decoder layer with a known k_proj goes through the peer's own round-to-nearest and its own exporter, once for
-each of 2, 3, 4, 8 bits x symmetric or not x group size 32, 64, 128, -1. What is stored is read back from the files
-that it wrote, by the unpacker below, which shares no code with either project.
+One decoder layer with a known k_proj goes through the peer's own round-to-nearest and its own exporter, once
+for each of 2, 3, 4, 8 bits x symmetric or not x group size 32, 64, 128, -1. What is stored is read back from
+the files that it wrote, by the unpacker below, which shares no code with either project.
+
+Symmetric cells come from a bfloat16 model, the peer's default. Asymmetric ones come from a float32 model:
+without tuning the peer subtracts the ends of an asymmetric range in the dtype of the weight, which in
+bfloat16 moves five of six scales, by up to 0.8 percent. (While it tunes it computes this range in float32.)
 """
 
 from __future__ import annotations
@@ -19,21 +23,28 @@ import torch
 
 os.environ["AR_ALLOW_W8_ASYM"] = "1"  # the peer refuses this cell by default, because vLLM does not serve it
 
-from auto_round import AutoRound  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from tokenizers import Tokenizer, models  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+from auto_round import AutoRound
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 OUT_FEATURES, IN_FEATURES = 32, 256
 LAYER = "model.layers.0.self_attn.k_proj"
-CELLS = [(bits, group_size, sym) for bits in (2, 3, 4, 8) for group_size in (32, 64, 128, -1) for sym in (True, False)]
+CELLS = [
+    (bits, group_size, sym)
+    for bits in (2, 3, 4, 8)
+    for group_size in (32, 64, 128, -1)
+    for sym in (True, False)
+]
 TARGET = Path(__file__).with_name("peer_rtn.safetensors")
 
 
 def make_weight() -> torch.Tensor:
     """Heavy-tailed bfloat16 [out, in], with the rows that rounding gets wrong first."""
     generator = np.random.default_rng(20240906)
-    weight = generator.standard_t(3, (OUT_FEATURES, IN_FEATURES)) * generator.uniform(0.005, 0.1, (OUT_FEATURES, 1))
+    weight = generator.standard_t(3, (OUT_FEATURES, IN_FEATURES)) * generator.uniform(
+        0.005, 0.1, (OUT_FEATURES, 1)
+    )
     weight[0] = 0.0  # a dead row
     weight[1, 32:64] = 0.0  # a dead group
     weight[2] = np.abs(weight[2])  # zero is at the edge of the range
@@ -53,7 +64,7 @@ def unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 
 def unpack_awq(words: np.ndarray, count: int) -> np.ndarray:
-    """int32 [rows, out/8] to codes [rows, out]: column j of eight lies in nibble (0, 4, 1, 5, 2, 6, 3, 7)[j]."""
+    """int32 [rows, out/8] to codes [rows, out]; column j of 8 is in nibble (0, 4, 1, 5, 2, 6, 3, 7)[j]."""
     nibbles = unpack(words, 4, count).reshape(len(words), -1, 8)
     return nibbles[:, :, [0, 4, 1, 5, 2, 6, 3, 7]].reshape(len(words), count)
 
@@ -62,21 +73,37 @@ def peer(weight: torch.Tensor, bits: int, group_size: int, sym: bool) -> dict[st
     """codes uint8 [out, in], scale float16 [out, groups], zero_point uint8 [out, groups] of one cell."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=IN_FEATURES, intermediate_size=256, num_hidden_layers=1, num_attention_heads=8,
-        num_key_value_heads=1, head_dim=OUT_FEATURES, max_position_embeddings=64, tie_word_embeddings=False,
+        vocab_size=64,
+        hidden_size=IN_FEATURES,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=1,
+        head_dim=OUT_FEATURES,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = LlamaForCausalLM(config).to(torch.bfloat16 if sym else torch.float32)
     model.get_submodule(LAYER).weight.data.copy_(weight)
     words = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
     with tempfile.TemporaryDirectory() as folder:
         run = AutoRound(
-            model, tokenizer=tokenizer, bits=bits, group_size=group_size, sym=sym, iters=0, disable_opt_rtn=True
+            model,
+            tokenizer=tokenizer,
+            bits=bits,
+            group_size=group_size,
+            sym=sym,
+            iters=0,
+            disable_opt_rtn=True,
+            amp=sym,  # otherwise a float32 model is rounded to bfloat16 first
         )
         run.quantize_and_save(folder, format="auto_round")
         (file,) = Path(folder).rglob("*.safetensors")
         tensors = {name: t.numpy() for name, t in load_file(file).items() if name.startswith(LAYER)}
-        packing = json.loads((file.parent / "config.json").read_text())["quantization_config"]["packing_format"]
+        packing = json.loads((file.parent / "config.json").read_text())["quantization_config"][
+            "packing_format"
+        ]
     qweight, qzeros, scales = (tensors[f"{LAYER}.{part}"] for part in ("qweight", "qzeros", "scales"))
     if packing == "auto_round:auto_awq":
         codes, zeros = unpack_awq(qweight, OUT_FEATURES).T, unpack_awq(qzeros, OUT_FEATURES)

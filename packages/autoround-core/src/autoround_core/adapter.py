@@ -8,7 +8,7 @@ experts of a layer. `LinearSite` is the one place that knows the difference.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,16 +48,22 @@ class LinearSite:
         return matrix[self.part * self.out_features : (self.part + 1) * self.out_features]
 
 
-def fuse(sites: list[LinearSite], weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The parameter that all `sites` of one path make together. Differentiable in the weights."""
+def by_expert(sites: Iterable[LinearSite]) -> list[list[LinearSite]]:
+    """The sites of one fused parameter, expert by expert, each with its parts in order."""
     ordered = sorted(sites, key=lambda site: (site.expert or 0, site.part))
     parts = ordered[0].parts
-    matrices = [weights[site.name] for site in ordered]
-    if parts > 1:
-        matrices = [torch.cat(matrices[i : i + parts]) for i in range(0, len(matrices), parts)]
-    if ordered[0].transposed:
+    return [ordered[i : i + parts] for i in range(0, len(ordered), parts)]
+
+
+def fuse(sites: Iterable[LinearSite], weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The parameter that all `sites` of one path make together. Differentiable in the weights."""
+    groups = by_expert(sites)
+    first = groups[0][0]
+    matrices = [weights[group[0].name] if len(group) == 1 else torch.cat([weights[site.name] for site in group])
+                for group in groups]
+    if first.transposed:
         matrices = [matrix.T for matrix in matrices]
-    return matrices[0] if ordered[0].expert is None else torch.stack(matrices)
+    return matrices[0] if first.expert is None else torch.stack(matrices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +116,13 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def view(self, model: torch.nn.Module) -> ModelView:
-        """Blocks and layers. Raises UnsupportedError when the model has no list of like blocks."""
+        """Blocks and layers. The model is put into the state that tuning needs: not training, weights tied, experts run
+        one by one. Raises UnsupportedError when it has no list of like blocks.
+        """
+
+    def tuning(self, model: torch.nn.Module, device: torch.device) -> AbstractContextManager[None]:
+        """A context for capture and tuning, for a model that runs faster another way where gradients are wanted."""
+        return nullcontext()
 
     @abstractmethod
     def rest(self, view: ModelView, quantized: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -121,5 +133,5 @@ class ModelAdapter(ABC):
         """Put tensors by checkpoint name into a skeleton; return the names of parameters still without weights."""
 
     @abstractmethod
-    def tokenizer(self, path: Path, *, trust_remote_code: bool) -> Any:
-        """The tokenizer beside the model."""
+    def tokenizer(self, path: Path, *, trust_remote_code: bool) -> Any | None:
+        """The tokenizer beside the model, None if there is none."""

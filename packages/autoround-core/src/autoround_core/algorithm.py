@@ -23,6 +23,8 @@ class Block(ABC):
     name: str
     samples: int
     """Calibration samples; 0 when the algorithm needs no data."""
+    validation: torch.Tensor
+    """The fixed rows on which candidates are compared, and a block's error is reported."""
     schemes: Mapping[str, QuantScheme]
     families: Mapping[str, NumberFamily]
 
@@ -40,7 +42,18 @@ class Block(ABC):
 
     @abstractmethod
     def target(self, rows: torch.Tensor) -> torch.Tensor:
-        """Output of the original block on the original chain's input, float [rows, seqlen, width]."""
+        """Output of the original block on the original chain's input, float32 [rows, seqlen, width]."""
+
+    @abstractmethod
+    def error(self, weights: Mapping[str, torch.Tensor], rows: torch.Tensor) -> float:
+        """Mean square distance of `forward(weights, rows)` from `target(rows)`."""
+
+    @abstractmethod
+    def gradients(self, weights: Mapping[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Gradient of `error`, times a positive constant, by each of `weights`; float32 [out, in].
+
+        A weight that the samples did not reach (an expert without tokens) is left out.
+        """
 
     @abstractmethod
     def input_mean_square(self) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from autoround_core.adapter import ModelAdapter, ModelView
 from autoround_core.calibration import DEFAULT_DATASET, CalibrationSet, load_calibration
 from autoround_core.errors import UsageError, unknown_name
 from autoround_core.format import CheckpointContext, CheckpointFormat
-from autoround_core.model_block import Compute
+from autoround_core.compute import Compute
 from autoround_core.output import OutputDirectory
 from autoround_core.plan import Plan, make_plan
 from autoround_core.progress import Progress
@@ -211,9 +211,12 @@ class AutoRound:
         input_ids = self._calibrate() if self._algorithm.needs_data else None
         self._progress.phase("quantize")
         storage = torch.device("cpu") if self._low_gpu_mem_usage else self._device
-        compute = Compute(self._device, storage, _compute_dtype(view.model.dtype, self._device, self._amp))
+        compute = Compute(
+            self._device, storage, _compute_dtype(view.model.dtype, self._device, self._amp), self._settings.batch_size
+        )
         driver = BlockDriver(view, plan, self._algorithm, self._families, self._settings, compute, self._progress)
-        with self._phases.measure("quantize"):
+        tuning = self._adapter.tuning(view.model, self._device)
+        with self._phases.measure("quantize"), tuning:
             yield from driver.run(input_ids)
 
     def _calibrate(self) -> torch.Tensor:

@@ -51,7 +51,7 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack_bits(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """The inverse of `pack_bits`: int32 [..., words] to uint8 codes [..., count].
 
-    Raises ValueError when the words hold fewer than `count` codes.
+    Raises ValueError for a wrong dtype, and when the words are not just as many as `count` codes need.
     """
     _check_bits(bits)
     if words.dtype != torch.int32:
@@ -79,7 +79,11 @@ def _view(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The bytes of a tensor as another integer type, its last axis scaled accordingly."""
     # a transposed [1, n] counts as contiguous and keeps strides that torch refuses to view; flat ones are plain
     *lead, length = tensor.shape
-    return tensor.contiguous().view(-1).view(dtype).view(*lead, length * tensor.element_size() // dtype.itemsize)
+    flat = tensor.contiguous().view(-1)
+    if flat.stride(0) != 1 or flat.storage_offset() * flat.element_size() % dtype.itemsize:
+        # a single element of something wider, or a slice that starts inside a word
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(dtype).view(*lead, length * tensor.element_size() // dtype.itemsize)
 
 
 def _check_bits(bits: int) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from autoround_core.backend import AUTO
 from autoround_core.corpus import stdlib_documents
-from autoround_core.errors import CalibrationError, NonFiniteError
+from autoround_core.errors import CalibrationError, ModelError, NonFiniteError
 from autoround_core.loading import load
 from autoround_core.registry import get_registry
 from autoround_core.shards import read_json
@@ -56,7 +56,11 @@ def load_for_evaluation(model: str | Path, *, device="cpu", backend: str = AUTO,
     path = find_model(model)
     loaded = load(path, device=device, backend=backend, dtype=dtype, trust_remote_code=trust_remote_code)
     adapter = get_registry().adapter(read_json(path / "config.json"))
-    return loaded, adapter.tokenizer(path, trust_remote_code=trust_remote_code)
+    tokenizer = adapter.tokenizer(path, trust_remote_code=trust_remote_code)
+    if tokenizer is None:
+        raise ModelError(f"`{path}` has no tokenizer, which reading and writing text needs; copy tokenizer.json and "
+                         "tokenizer_config.json from the original model")
+    return loaded, tokenizer
 
 
 def evaluation_texts(path: Path | None) -> Iterator[str]:

@@ -16,7 +16,7 @@ from autoround_core.format import CheckpointFormat, CheckpointReader
 from autoround_core.recipe import LinearSpec
 from autoround_core.records import QuantizedLayer
 from autoround_core.registry import get_registry
-from autoround_core.shards import read_json, weight_files
+from autoround_core.shards import read_json
 
 
 def find_format(path: Path) -> CheckpointFormat:
@@ -139,7 +139,8 @@ def describe(path: str | Path) -> Description:
     return Description(
         format=found.name, model_type=str(reader.config.get("model_type")), schemes=schemes,
         rest_tensors=len(rest), rest_bytes=sum(rest),
-        total_bytes=sum(file.stat().st_size for file in weight_files(path)),
+        # whatever a format calls its files
+        total_bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         bits_per_weight=bits / max(1, weights), report_lines=_report_lines(path),
     )
 

@@ -1,22 +1,30 @@
 """A block of a real model in the shape that algorithms ask for.
 
-No module is wrapped or replaced: the block runs as a function of its parameters (torch.func), and fake-quantized
-weights are handed in by name. That serves linear layers, GPT-2's transposed ones and fused experts alike.
+No module is wrapped or replaced: fake-quantized weights stand in for the parameters while the block runs.
+That serves linear layers and GPT-2's transposed ones; a list of matrices stands in for the parameter of all
+experts of a layer, because the gradient of one matrix cut from it would be as large as all of them, for every
+expert in use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from autoround_core.adapter import LinearSite, fuse
+from autoround_core.adapter import LinearSite, by_expert, fuse
 from autoround_core.algorithm import Block
 from autoround_core.capture import BlockCall
+from autoround_core.compute import Compute
 from autoround_core.family import NumberFamily
 from autoround_core.scheme import QuantScheme
+
+T = TypeVar("T")
+VALIDATION_SAMPLES = 16
+_LOSS_FACTOR = 1000.0  # only the sign of a gradient counts; this keeps small ones from vanishing in bfloat16
 
 
 class ModelBlock(Block):
@@ -29,29 +37,35 @@ class ModelBlock(Block):
         self.name = name
         self.schemes = schemes
         self.families = families
-        self.samples = 0
-        self._module, self._call, self._compute = module, call, compute
+        self.samples, self.validation = 0, torch.arange(0)
+        self._module, self._compute = module, compute
+        # without autocast whatever meets the float32 states must be float32 too
+        self._autocast = compute.dtype != torch.float32
+        self._call = call.on(compute.device, None if self._autocast else torch.float32)
         self._prefix = len(name) + 1
         self._paths: dict[str, list[LinearSite]] = {}
+        tuned = {site.path for site in sites if site.name in schemes}
         for site in sites:
-            if any(other.name in schemes for other in sites if other.path == site.path):
+            if site.path in tuned:
                 self._paths.setdefault(self._local(site), []).append(site)
-        parameters = dict(module.named_parameters())
+        parameters = {path: parameter.detach() for path, parameter in module.named_parameters()}
+        self._parameters = parameters
         self._originals = {
-            site.name: site.read(parameters[path]).detach() for path, group in self._paths.items() for site in group
+            site.name: site.read(parameters[path]) for path, group in self._paths.items() for site in group
         }
-        # only weights handed to `forward` need a gradient. Gains and biases meet the float32 residual stream in
-        # float32: products of two dtypes take a slow path
+        # gains and biases meet the float32 residual stream in float32: products of two dtypes take a slow
+        # path, or none; matrices do so unless autocast takes them down
         self._frozen = {
-            path: parameter.detach().float() if parameter.dim() < 2 else parameter.detach()
-            for path, parameter in parameters.items() if path not in self._paths
+            path: parameter.float()
+            for path, parameter in parameters.items()
+            if path not in self._paths and (parameter.dim() < 2 or not self._autocast)
         }
         self._weights = {name: weight for name, weight in self._originals.items() if name in schemes}
         self._hidden = self._original = torch.empty(0)
         self._targets_given = True
 
     def _local(self, site: LinearSite) -> str:
-        """Name of the site's parameter within the block (the block itself may be the linear layer: lm_head)."""
+        """Name of the site's parameter within the block (which may be the linear layer itself: lm_head)."""
         return site.path[self._prefix :]
 
     @property
@@ -59,94 +73,160 @@ class ModelBlock(Block):
         return self._weights
 
     def set_chains(self, original: torch.Tensor, quantized: torch.Tensor, *, targets_given: bool) -> None:
-        """quantized: inputs of the quantized chain. original: what the original block makes of the original chain if
-        `targets_given`, else that chain's inputs, from which targets are computed whenever they are asked for.
+        """quantized: inputs of the quantized chain. original: what the original block makes of the original
+        chain if `targets_given`, else that chain's inputs, from which targets are computed when asked for.
         """
         self._original, self._hidden, self._targets_given = original, quantized, targets_given
         self.samples = len(quantized)
+        self.validation = torch.arange(min(VALIDATION_SAMPLES, self.samples))
 
     def forward(self, weights: Mapping[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-        weights = {**self._originals, **weights}
-        fused = {path: fuse(sites, weights) for path, sites in self._paths.items()}
-        return self._run(self._hidden, rows, fused)
+        with self._substituted(weights):
+            return torch.cat(self._map(lambda piece: self._run(self._hidden, piece), rows))
 
     def target(self, rows: torch.Tensor) -> torch.Tensor:
         if self._targets_given:
             return self._compute.fetch(self._original, rows)
-        with torch.no_grad():
-            return self._run(self._original, rows)
+        with torch.no_grad(), self._substituted({}):
+            return torch.cat(self._map(lambda piece: self._run(self._original, piece), rows)).float()
 
     @torch.no_grad()
-    def advance(self, hidden: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """Replace the inputs [samples, seqlen, width] by the outputs of the block with the weights it holds now.
+    def error(self, weights: Mapping[str, torch.Tensor], rows: torch.Tensor) -> float:
+        return sum(map(float, self._map_errors(lambda error: error, weights, rows)))
+
+    def gradients(self, weights: Mapping[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+
+        def differentiate(error: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            return torch.autograd.grad(error * _LOSS_FACTOR, list(leaves.values()), allow_unused=True)
+
+        pieces = self._map_errors(differentiate, leaves, rows)
+        # added in the order of the pieces, so that sums repeat to the bit
+        sums = {name: _sum(parts) for name, parts in zip(leaves, zip(*pieces, strict=True), strict=True)}
+        return {name: total for name, total in sums.items() if total is not None}
+
+    def _map_errors(self, function: Callable[[torch.Tensor], T], weights, rows: torch.Tensor) -> list[T]:
+        """[function(share of a piece in the mean square error over `rows`) for each piece]."""
+
+        def piece_error(piece: torch.Tensor, target: torch.Tensor) -> T:
+            output = self._run(self._hidden, piece).float()
+            return function(torch.nn.functional.mse_loss(output, target) * (len(piece) / len(rows)))
+
+        if self._targets_given:
+            fetch = self._compute.fetch
+            with self._substituted(weights):
+                return self._map(lambda piece: piece_error(piece, fetch(self._original, piece)), rows)
+        results: list[T] = []
+        for row in rows.split(1):
+            target = self.target(row)
+            with self._substituted(weights):
+                results += self._map(lambda piece, target=target: piece_error(piece, target), row)
+        return results
+
+    @torch.no_grad()
+    def advance(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Replace inputs [samples, seqlen, width] by the outputs of the block with the weights it holds now.
 
         In place: the states of a calibration set are what a run keeps most of in memory.
         """
-        for rows in torch.arange(len(hidden)).split(batch_size):
-            hidden[rows.to(hidden.device)] = self._run(hidden, rows).to(hidden)
+
+        def step(piece: torch.Tensor) -> None:
+            hidden[int(piece[0]) : int(piece[-1]) + 1] = self._run(hidden, piece).to(hidden)
+
+        with self._substituted({}):
+            self._map(step, torch.arange(len(hidden)))
         return hidden
 
-    def _run(
-        self, hidden: torch.Tensor, rows: torch.Tensor, fused: Mapping[str, torch.Tensor] | None = None
+    def _map(self, function: Callable[[torch.Tensor], T], rows: torch.Tensor) -> list[T]:
+        return self._compute.map(function, rows, self._hidden.shape[1])
+
+    def _run(self, hidden: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
+        """Output for some samples of `hidden`; autocast and weights in place are the caller's business."""
+        return self._call.run(self._module, self._compute.fetch(hidden, piece), piece)
+
+    def _stand_ins(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | list[torch.Tensor]]:
+        """What the block runs with instead of its own parameters, by local path; a list holds experts."""
+        tensors: dict[str, torch.Tensor | list[torch.Tensor]] = dict(self._frozen)
+        known = {**self._originals, **weights}
+        for path, sites in self._paths.items():
+            if sites[0].expert is not None:
+                tensors[path] = [self._expert(path, group, weights) for group in by_expert(sites)]
+            elif weights or not self._autocast:
+                tensors[path] = self._operand(fuse(sites, known))
+        return tensors
+
+    def _expert(
+        self, path: str, group: list[LinearSite], weights: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
-        """Output for the samples `rows` of `hidden`, with the parameters `fused` in place of the module's own."""
-        parameters = self._frozen | dict(fused or {})
+        if not any(site.name in weights for site in group):
+            return self._operand(self._parameters[path][group[0].expert])
+        parts = [weights.get(site.name, self._originals[site.name]) for site in group]
+        return self._operand(parts[0] if len(parts) == 1 else torch.cat(parts))
 
-        def forward(*args, **kwargs):
-            return torch.func.functional_call(self._module, parameters, args, kwargs)
+    def _operand(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight if self._autocast else weight.float()
 
-        with self._compute.autocast():
-            return self._call.run(forward, self._compute.fetch(hidden, rows), rows)
+    @contextmanager
+    def _substituted(self, weights: Mapping[str, torch.Tensor]) -> Iterator[dict[str, Any]]:
+        """Let `weights` (and float32 gains and biases) stand in for the module's parameters.
+
+        An instance attribute shadows the parameter of the same name; the parameter itself is not touched.
+        """
+        tensors = self._stand_ins(weights)
+        splits = [path.rpartition(".") for path in tensors]
+        owners = [(self._module.get_submodule(parent), attribute) for parent, _, attribute in splits]
+        try:
+            for (owner, attribute), tensor in zip(owners, tensors.values(), strict=True):
+                owner.__dict__[attribute] = tensor
+            yield tensors
+        finally:
+            for owner, attribute in owners:
+                owner.__dict__.pop(attribute, None)
 
     @torch.no_grad()
     def input_mean_square(self) -> dict[str, torch.Tensor]:
-        statistics = _InputSquares(self._module, self._paths)
-        with statistics.watching():
-            for rows in torch.arange(self.samples).split(1):
-                self._run(self._hidden, rows)
+        with self._substituted({}) as tensors:
+            statistics = _InputSquares(self._module, self._paths, tensors, self._compute.device)
+            with statistics.watching():
+                self._map(lambda piece: self._run(self._hidden, piece), torch.arange(self.samples))
         squares = statistics.mean_squares()
         return {name: squares[name] for name in self.schemes}
 
     @torch.no_grad()
     def write_back(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Put dequantized weights into the module, in its own dtype."""
-        parameters = dict(self._module.named_parameters())
-        for path, sites in self._paths.items():
-            for site in sites:
-                if site.name in weights:
-                    site.read(parameters[path]).copy_(weights[site.name])
+        for name, weight in weights.items():
+            self._originals[name].copy_(weight)  # a view of the parameter
 
 
-class Compute:
-    """Where and how precisely blocks run. device: of the tuned block. storage: of hidden states between blocks."""
-
-    def __init__(self, device: torch.device, storage: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.storage, self.dtype = device, storage, dtype
-
-    def autocast(self):
-        """Matrix products in `dtype`; the residual stream, norms and errors stay in float32."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
-    def fetch(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return hidden[rows.to(hidden.device)].to(self.device)
+def _sum(parts: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
+    """Sum in float32 of the parts that are there, None when none is."""
+    total = None
+    for part in parts:
+        if part is not None:
+            total = part.float() if total is None else total.add_(part)
+    return total
 
 
 class _InputSquares:
-    """Sums the squares of what enters each linear layer: by hook, and for fused experts by watching F.linear."""
+    """Sums the squares of what enters each layer: by hook, and for fused experts by watching F.linear."""
 
-    def __init__(self, module: torch.nn.Module, paths: Mapping[str, list[LinearSite]]) -> None:
+    def __init__(
+        self, module: torch.nn.Module, paths: Mapping[str, list[LinearSite]], tensors: Mapping[str, Any],
+        device: torch.device,
+    ) -> None:
+        """tensors: what the module runs with, by the same paths."""
         self._module, self._paths = module, paths
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
-        parameters = dict(module.named_parameters())
         self._experts: dict[int, list[LinearSite]] = {}
         for path, sites in paths.items():
             for site in sites:
-                self._sums[site.name] = torch.zeros(site.in_features, device=parameters[path].device)
+                self._sums[site.name] = torch.zeros(site.in_features, device=device)
                 self._counts[site.name] = 0
-                if site.expert is not None:
-                    address = parameters[path][site.expert].data_ptr()
-                    self._experts.setdefault(address, []).append(site)
+            if sites[0].expert is not None:
+                groups = zip(tensors[path], by_expert(sites), strict=True)
+                self._experts |= {matrix.data_ptr(): group for matrix, group in groups}
 
     def add(self, sites: list[LinearSite], inputs: torch.Tensor) -> None:
         inputs = inputs.reshape(-1, inputs.shape[-1]).float()

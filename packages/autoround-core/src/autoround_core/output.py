@@ -20,12 +20,16 @@ class OutputDirectory:
         self.final = Path(final).expanduser().resolve()
         if model is not None and model.resolve().is_relative_to(self.final):
             raise OutputError(f"output_dir `{final}` is the model's own directory or contains it; choose another")
+        if not self.final.name:
+            raise OutputError(f"output_dir `{final}` is the root of the file system; choose another")
         if self.final.exists():
             if not self.final.is_dir():
                 raise OutputError(f"output_dir `{final}` is a file")
             if any(self.final.iterdir()) and not overwrite:
                 raise OutputError(f"output_dir `{final}` is not empty; choose another, or pass --overwrite to replace it")
         nearest = next(parent for parent in self.final.parents if parent.exists())
+        if not nearest.is_dir():
+            raise OutputError(f"output_dir `{final}` cannot be made: `{nearest}` is a file")
         if not os.access(nearest, os.W_OK):
             raise OutputError(f"output_dir `{final}` cannot be made: `{nearest}` is not writable")
         self._work = self.final.with_name(f".{self.final.name}.partial-{os.getpid()}")
@@ -40,7 +44,14 @@ class OutputDirectory:
             shutil.rmtree(self._work, ignore_errors=True)
             return
         old = self.final.with_name(f".{self.final.name}.replaced-{os.getpid()}")
-        if self.final.exists():
-            self.final.rename(old)
-        self._work.rename(self.final)
+        shutil.rmtree(old, ignore_errors=True)
+        try:
+            if self.final.exists():
+                self.final.rename(old)
+            self._work.rename(self.final)
+        except OSError as failure:
+            if old.exists() and not self.final.exists():
+                old.rename(self.final)
+            shutil.rmtree(self._work, ignore_errors=True)
+            raise OutputError(f"output_dir `{self.final}` cannot be put in place: {failure.strerror}") from failure
         shutil.rmtree(old, ignore_errors=True)

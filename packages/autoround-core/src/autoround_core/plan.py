@@ -90,7 +90,10 @@ def _spec(view: ModelView, site: LinearSite, scheme) -> LinearSpec:
 
 def _refusal(spec: LinearSpec, formats, families: Mapping[str, NumberFamily]) -> str:
     assert spec.scheme is not None
-    reason = families[spec.scheme.data_type].why_not(spec.scheme)
+    family = families.get(spec.scheme.data_type)
+    if family is None:
+        return f"no number family `{spec.scheme.data_type}` is installed (known: {', '.join(sorted(families))})"
+    reason = family.why_not(spec.scheme)
     if reason:
         return reason
     refusals = [(fmt.name, fmt.why_not(spec)) for fmt in formats]

@@ -17,12 +17,12 @@ from autoround_core.algorithm import Algorithm, BlockResult, Run
 from autoround_core.capture import PLAIN_CALL, BlockCall, capture, head_inputs, is_batchable
 from autoround_core.errors import NonFiniteError, UnsupportedError
 from autoround_core.family import NumberFamily
-from autoround_core.model_block import Compute, ModelBlock
+from autoround_core.compute import Compute
+from autoround_core.model_block import ModelBlock
 from autoround_core.plan import Plan
 from autoround_core.progress import Progress
 from autoround_core.records import QuantizedLayer, QuantizedWeight
 from autoround_core.settings import TuningSettings
-from autoround_core.signround import output_error
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class BlockDriver:
             head = BlockView(view.head.name, view.model.get_submodule(view.head.module), (view.head,))
             self._progress.block(total - 1, total, head.name)
             if input_ids is not None:
-                chains = tuple(head_inputs(view, input_ids, chain).float() for chain in chains)
+                chains = tuple(head_inputs(view, input_ids, chain) for chain in chains)
             outcome, _ = self._quantize(total - 1, head, PLAIN_CALL, chains, last=True)
             yield outcome
             self._progress.block_done(total - 1, total, head.name, outcome.before, outcome.after)
@@ -99,10 +99,9 @@ class BlockDriver:
             return None, [PLAIN_CALL] * len(self._view.blocks)
         first = self._view.blocks[0].module
         hidden, calls = capture(self._view, input_ids)
-        # the residual stream is kept in float32: blocks add small differences to large states
-        hidden = hidden.to(self._compute.storage, torch.float32)
+        hidden = hidden.to(self._compute.storage)
         with torch.no_grad(), self._compute.autocast():
-            together = is_batchable(calls[0], first, hidden[:2].to(next(first.parameters()).device))
+            together = is_batchable(calls[0], first, hidden[:2].to(next(first.parameters()).device).float())
         return hidden, [replace(call, batchable=together) for call in calls]
 
     def _quantize(self, index: int, view: BlockView, call: BlockCall, chains, *, last: bool = False):
@@ -111,38 +110,37 @@ class BlockDriver:
         view.module.to(self._compute.device)
         schemes = {site.name: self._schemes[site.name] for site in view.sites if site.name in self._schemes}
         families = {name: self._families[scheme.data_type] for name, scheme in schemes.items()}
+        # logits are wide: no targets are kept of lm_head, and one sample runs at a time
+        compute = self._compute.one_by_one() if last else self._compute
         block = ModelBlock(view.name, view.module, view.sites, call,
-                           schemes=schemes, families=families, compute=self._compute)
-        settings, (original, quantized) = self._settings, chains
+                           schemes=schemes, families=families, compute=compute)
+        original, quantized = chains
         if quantized is not None:
-            if last:  # logits are wide: one sample at a time, as many per step as elsewhere
-                accumulate = settings.batch_size * settings.gradient_accumulate_steps
-                settings = replace(settings, batch_size=1, gradient_accumulate_steps=accumulate)
             if index == 0:  # the chains part here
                 original = original.clone()
-            if not last:
-                original = block.advance(original, settings.batch_size)
             block.set_chains(original, quantized, targets_given=not last)
-        result, before, after = self._tune(block, index, settings)
+            if not last:
+                block.advance(original)
+        result, before, after = self._tune(block, index)
         layers = tuple(self._layer(block, name, weight) for name, weight in result.weights.items())
         block.write_back({layer.layer.name: layer.layer.weight.dequantize(torch.float32) for layer in layers})
         if quantized is not None and not last:
-            quantized = block.advance(quantized, settings.batch_size)
+            block.advance(quantized)
         view.module.to("cpu")
         outcome = BlockOutcome(view.name, layers, before, after, result.steps, result.best_step,
                                time.perf_counter() - start, result.notes)
         return outcome, (original, quantized)
 
-    def _tune(self, block: ModelBlock, index: int, settings: TuningSettings):
-        """(result, error of round-to-nearest, error of the result), errors over the whole calibration set."""
+    def _tune(self, block: ModelBlock, index: int):
+        """(result, error of round-to-nearest, error of the result), errors on the validation slice."""
         if not block.schemes:
             return BlockResult({}), None, None
         start = {name: self._round_to_nearest(block, name) for name in block.weights}
-        run = Run(settings, seed=settings.seed * 1_000_003 + index, progress=self._progress.step)
+        run = Run(self._settings, seed=self._settings.seed * 1_000_003 + index, progress=self._progress.step)
         result = self._algorithm.quantize_block(block, run)
         if not block.samples:
             return result, None, None
-        before, after = (self._error(block, weights, settings) for weights in (start, result.weights))
+        before, after = (self._error(block, weights) for weights in (start, result.weights))
         if after <= before:
             return result, before, after
         note = f"{block.name}: tuning did not help (error {after:.3g}, was {before:.3g}); rounded to nearest"
@@ -156,9 +154,10 @@ class BlockDriver:
         except UnsupportedError as error:
             raise UnsupportedError(f"layer `{name}`: {error}") from None
 
-    def _error(self, block: ModelBlock, weights: Mapping[str, QuantizedWeight], settings: TuningSettings) -> float:
+    @staticmethod
+    def _error(block: ModelBlock, weights: Mapping[str, QuantizedWeight]) -> float:
         dense = {name: weight.dequantize(block.weights[name].dtype) for name, weight in weights.items()}
-        return output_error(block, dense, torch.arange(block.samples), settings.batch_size)
+        return block.error(dense, block.validation)
 
     def _layer(self, block: ModelBlock, name: str, weight: QuantizedWeight) -> LayerOutcome:
         original = block.weights[name].float()

@@ -7,6 +7,7 @@ quantize a layer that the user meant to protect.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -41,6 +42,8 @@ class QuantRecipe:
 
     def __post_init__(self) -> None:
         for pattern, _ in self.overrides:
+            if not isinstance(pattern, str):
+                raise UsageError(f"layer_config: {pattern!r} is no layer name or pattern")
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -68,7 +71,8 @@ class QuantRecipe:
 def _examples(pattern: str, names: list[str], limit: int = 4) -> list[str]:
     """The few layer names nearest to a pattern, so that the error fits on a screen."""
     tail = re.sub(r"[^a-z_]+", "", pattern.rsplit(".", 1)[-1].lower())
-    near = [name for name in names if tail and tail in name.lower()] or names
+    alike = difflib.get_close_matches(pattern, names, n=limit, cutoff=0.5)
+    near = alike or [name for name in names if tail and tail in name.lower()] or names
     return near[:limit]
 
 
@@ -90,10 +94,11 @@ def parse_layer_config(config: str | Path | Mapping[str, Any] | None, default: Q
 def _read_json(config: str | Path) -> Any:
     text = str(config)
     if not text.lstrip().startswith("{"):
-        path = Path(text)
-        if not path.is_file():
-            raise UsageError(f"layer_config `{text}` is neither JSON text nor a file that exists")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = Path(text).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a zero byte in the name
+            why = getattr(error, "strerror", None) or error
+            raise UsageError(f"layer_config `{text}` is neither JSON text nor a file that can be read: {why}") from None
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

@@ -83,6 +83,17 @@ class AffineWeight(QuantizedWeight):
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.codes.shape[1]
 
+    def check(self) -> AffineWeight:
+        """The record itself. Raises ValueError when its scales or zero points cannot be; for what comes from a file."""
+        if not torch.isfinite(self.scale).all():
+            raise ValueError("a scale is not finite")
+        bits = self.scheme.bits
+        if self.scheme.sym and (self.zero_point != 2 ** (bits - 1)).any():
+            raise ValueError(f"the zero points of symmetric weights must be {2 ** (bits - 1)}")
+        if (self.zero_point > 2**bits - 1).any():
+            raise ValueError(f"zero_point {int(self.zero_point.max())} does not fit into {bits} bits")
+        return self
+
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"codes": self.codes, "scale": self.scale, "zero_point": self.zero_point}
 

@@ -37,7 +37,9 @@ class TuningSettings:
                 raise UsageError(f"{name} must be a whole number of at least {least}, got {value}")
         for name in ("lr", "minmax_lr"):
             value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
+            if value is None:
+                continue
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
                 raise UsageError(f"{name} must be above 0 and at most 1, got {value}")
 
     def rates(self, bits: int) -> tuple[float, float]:

@@ -125,12 +125,13 @@ def weight_files(directory: Path) -> list[Path]:
                 "convert them to safetensors first: load the model with Transformers and call save_pretrained"
             )
         raise CheckpointError(f"`{directory}` holds no {SINGLE} and no {INDEX}")
-    weight_map = read_json(index).get("weight_map")
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"`{index}` has no weight_map")
-    names = sorted(set(weight_map.values()))
+    names = sorted({name if isinstance(name, str) else json.dumps(name) for name in weight_map.values()})
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name or name in ("", ".", ".."):
+        if Path(name).name != name or "\\" in name or "\0" in name or name in ("", ".", ".."):
             raise CheckpointError(f"`{index}` names the file `{name}`, which is not a plain file name")
         if not (directory / name).is_file():
             raise CheckpointError(f"`{index}` names `{name}`, which is missing")

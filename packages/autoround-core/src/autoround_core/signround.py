@@ -19,9 +19,7 @@ import torch
 from autoround_core.algorithm import Algorithm, Block, BlockResult, Run
 from autoround_core.family import TunableWeight
 
-VALIDATION_SAMPLES = 16
 _CHECKS = 5
-_LOSS_FACTOR = 1000.0  # only the sign of a gradient counts; this keeps small ones from vanishing in bfloat16
 
 
 class SignRound(Algorithm):
@@ -37,15 +35,13 @@ class SignRound(Algorithm):
         }
         rates = {name: settings.rates(block.schemes[name].bits) for name in tunables}
         batches = _batches(block.samples, settings.batch_size * settings.gradient_accumulate_steps, run.seed)
-        slice_ = torch.arange(min(VALIDATION_SAMPLES, block.samples))
-        keeper = _Keeper(tunables, _error(block, tunables, slice_, settings.batch_size))
+        keeper = _Keeper(tunables, block.error(_weights(block, tunables), block.validation))
         checks = _check_steps(settings.iters)
         for step in range(settings.iters):
-            rows = next(batches)
-            _gradients(block, tunables, rows.split(settings.batch_size))
+            _set_gradients(block, tunables, next(batches))
             _descend(tunables, rates, 1.0 - step / settings.iters)
             if step + 1 in checks:
-                keeper.offer(step + 1, _error(block, tunables, slice_, settings.batch_size))
+                keeper.offer(step + 1, block.error(_weights(block, tunables), block.validation))
             run.progress(step + 1, settings.iters, keeper.error)
         keeper.restore()
         weights = {name: tunable.finish() for name, tunable in tunables.items()}
@@ -67,16 +63,12 @@ def _batches(samples: int, size: int, seed: int):
             yield torch.tensor(order[start : start + size])
 
 
-def _gradients(block: Block, tunables: dict[str, TunableWeight], micro_batches) -> None:
-    """Fill the gradients of all parameters. The weights are quantized once, whatever the number of micro-batches."""
+def _set_gradients(block: Block, tunables: dict[str, TunableWeight], rows: torch.Tensor) -> None:
+    """Fill the gradients of all parameters. Weights are quantized once per step, however the batch is run."""
     quantized = {name: tunable.fake_quantize() for name, tunable in tunables.items()}
-    leaves = {name: weight.detach().to(block.weights[name].dtype).requires_grad_() for name, weight in quantized.items()}
-    for rows in micro_batches:
-        error = torch.nn.functional.mse_loss(block.forward(leaves, rows).float(), block.target(rows).float())
-        (error * _LOSS_FACTOR).backward()
+    gradients = block.gradients({n: w.detach().to(block.weights[n].dtype) for n, w in quantized.items()}, rows)
     # an expert that no token of the batch reached has no gradient and stays where it is
-    reached = [name for name in leaves if leaves[name].grad is not None]
-    torch.autograd.backward([quantized[n] for n in reached], [leaves[n].grad.float() for n in reached])
+    torch.autograd.backward([quantized[name] for name in gradients], list(gradients.values()))
 
 
 @torch.no_grad()
@@ -94,20 +86,9 @@ def _descend(tunables: dict[str, TunableWeight], rates: dict[str, tuple[float, f
 
 
 @torch.no_grad()
-def _error(block: Block, tunables: dict[str, TunableWeight], rows: torch.Tensor, batch_size: int) -> float:
-    """Mean square error of the block with the present parameters on `rows`."""
-    weights = {name: tunable.fake_quantize().to(block.weights[name].dtype) for name, tunable in tunables.items()}
-    return output_error(block, weights, rows, batch_size)
-
-
-@torch.no_grad()
-def output_error(block: Block, weights, rows: torch.Tensor, batch_size: int) -> float:
-    """Mean square distance between the block's output with `weights` and its target, over `rows`."""
-    total = 0.0
-    for batch in rows.split(batch_size):
-        error = torch.nn.functional.mse_loss(block.forward(weights, batch).float(), block.target(batch).float())
-        total += float(error) * len(batch)
-    return total / len(rows)
+def _weights(block: Block, tunables: dict[str, TunableWeight]) -> dict[str, torch.Tensor]:
+    """The fake-quantized weights for the present parameters, in the dtype they will be written back in."""
+    return {name: tunable.fake_quantize().to(block.weights[name].dtype) for name, tunable in tunables.items()}
 
 
 class _Keeper:
@@ -129,10 +110,10 @@ class _Keeper:
 
     @torch.no_grad()
     def restore(self) -> None:
+        """Put the best parameters back; those of step 0 are known without a copy."""
         for i, parameter in enumerate(self._parameters()):
             if self._best is not None:
                 parameter.copy_(self._best[i])
-                continue
         if self._best is None:
             for tunable in self._tunables.values():
                 tunable.rounding.zero_()

@@ -50,7 +50,8 @@ def check_source(path: Path, *, trust_remote_code: bool) -> dict[str, Any]:
         raise ModelError(f"`{path}` needs code of its own to load; read that code, then pass --trust_remote_code")
     quantization = config.get("quantization_config")
     if quantization:
-        method = quantization.get("quant_method", "an unknown method")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else str(quantization)
+        method = method or "an unknown method"
         raise ModelError(f"`{path}` is already quantized ({method}); start from the original 16-bit model")
     if not TensorFiles(path).names():
         raise CheckpointError(f"`{path}` holds no tensors")

@@ -74,8 +74,9 @@ class AutoRoundFormat(CheckpointFormat):
         config = directory / "config.json"
         if not config.is_file():
             return False
-        quantization = read_json(config).get("quantization_config") or {}
-        return quantization.get("quant_method") == "auto-round"
+        content = read_json(config)
+        quantization = content.get("quantization_config") if isinstance(content, dict) else None
+        return isinstance(quantization, dict) and quantization.get("quant_method") == "auto-round"
 
     def read(self, directory: Path) -> CheckpointReader:
         return _AutoRoundReader(directory)

@@ -48,6 +48,8 @@ class AwqLayout(TensorLayout):
     def unpack(
         self, tensors: Mapping[str, torch.Tensor], scheme: QuantScheme, shape: tuple[int, int] | None = None
     ) -> AffineWeight:
+        if tensors["qweight"].dim() != 2:
+            raise CheckpointError(f"qweight must be [in, out/8], got {tuple(tensors['qweight'].shape)}")
         in_features, out_features = tensors["qweight"].shape[0], tensors["qweight"].shape[1] * 8
         if shape not in (None, (out_features, in_features)):
             raise CheckpointError(f"qweight holds {(out_features, in_features)} weights, {shape} were expected")
@@ -57,6 +59,6 @@ class AwqLayout(TensorLayout):
                 codes=_reorder(unpack_bits(tensors["qweight"], BITS, out_features), _INVERSE).T.contiguous(),
                 scale=tensors["scales"].T.contiguous(),
                 zero_point=_reorder(unpack_bits(tensors["qzeros"], BITS, out_features), _INVERSE).T.contiguous(),
-            )
+            ).check()
         except ValueError as error:
             raise CheckpointError(f"AWQ tensors contradict {scheme}: {error}") from None

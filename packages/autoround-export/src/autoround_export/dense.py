@@ -28,7 +28,10 @@ class DenseFormat(CheckpointFormat):
 
     def recognizes(self, directory: Path) -> bool:
         config = directory / "config.json"
-        return config.is_file() and "quantization_config" not in read_json(config)
+        if not config.is_file():
+            return False
+        content = read_json(config)
+        return isinstance(content, dict) and not content.get("quantization_config")
 
     def read(self, directory: Path) -> CheckpointReader:
         return _DenseReader(directory)

@@ -47,6 +47,8 @@ class GptqLayout(TensorLayout):
     def unpack(
         self, tensors: Mapping[str, torch.Tensor], scheme: QuantScheme, shape: tuple[int, int] | None = None
     ) -> AffineWeight:
+        if tensors["qweight"].dim() != 2:
+            raise CheckpointError(f"qweight must be [in*bits/32, out], got {tuple(tensors['qweight'].shape)}")
         words, out_features = tensors["qweight"].shape
         in_features = words * _WORD // scheme.bits
         if shape not in (None, (out_features, in_features)):
@@ -58,6 +60,6 @@ class GptqLayout(TensorLayout):
                 codes=unpack_bits(tensors["qweight"].T, scheme.bits, in_features),
                 scale=tensors["scales"].T.contiguous(),
                 zero_point=zeros.T.contiguous(),
-            )
+            ).check()
         except ValueError as error:
             raise CheckpointError(f"GPTQ tensors contradict {scheme}: {error}") from None

@@ -12,7 +12,7 @@ from autoround_core.int_family import IntFamily
 from autoround_core.records import AffineWeight, QuantizedWeight
 from autoround_core.scheme import QuantScheme
 from autoround_core.settings import TuningSettings
-from autoround_core.testing.cases import Checked, conclude, doing, require
+from autoround_core.testing.cases import Checked, conclude, doing, one_thread, require
 
 # the default, few bits with a free zero point, whole rows, groups that leave a rest
 ALGORITHM_SCHEMES = (
@@ -60,16 +60,18 @@ class ToyBlock(Block):
     def target(self, rows: torch.Tensor) -> torch.Tensor:
         return self._run(self._weights, self._rows(self._original, rows))[0]
 
+    @torch.no_grad()
+    def error(self, weights: Mapping[str, torch.Tensor], rows: torch.Tensor) -> float:
+        return float(torch.nn.functional.mse_loss(self.forward(weights, rows), self.target(rows)))
+
+    def gradients(self, weights: Mapping[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        leaves = {name: weight.detach().float().requires_grad_() for name, weight in weights.items()}
+        error = torch.nn.functional.mse_loss(self.forward(leaves, rows), self.target(rows))
+        return dict(zip(leaves, torch.autograd.grad(error, list(leaves.values())), strict=True))
+
     def input_mean_square(self) -> dict[str, torch.Tensor]:
         inputs = self._rows(self._quantized, torch.arange(_SAMPLES))
         return {"up": _mean_square(inputs), "down": _mean_square(self._run(self._weights, inputs)[1])}
-
-    @torch.no_grad()
-    def error(self, weights: Mapping[str, QuantizedWeight]) -> float:
-        """Mean square distance of the output from the target over all samples."""
-        rows = torch.arange(_SAMPLES)
-        dense = {name: weight.dequantize(torch.float32) for name, weight in weights.items()}
-        return float(torch.nn.functional.mse_loss(self.forward(dense, rows), self.target(rows)))
 
     def _rows(self, states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         require(self.samples > 0, "the algorithm says needs_data = False, but asks for calibration data")
@@ -103,7 +105,8 @@ def check_algorithm(
         if reason is not None:
             refusals.add(reason)
             continue
-        _check_cell(algorithm, scheme, known)
+        with one_thread():
+            _check_cell(algorithm, scheme, known)
         cells += 1
     return conclude(f"algorithm `{algorithm.name}`", cells, refusals)
 
@@ -130,9 +133,14 @@ def _check_cell(algorithm: Algorithm, scheme: QuantScheme, families: Mapping[str
         nearest = {
             name: block.families[name].round_to_nearest(weight, scheme) for name, weight in originals.items()
         }
-        error, limit = block.error(result.weights), block.error(nearest)
+        error, limit = _output_error(block, result.weights), _output_error(block, nearest)
         require(error <= limit * (1 + 1e-5),
                 f"{what}: the output error is {error:.4g}, rounding to nearest has {limit:.4g}")
+
+
+def _output_error(block: ToyBlock, weights: Mapping[str, QuantizedWeight]) -> float:
+    dense = {name: weight.dequantize(torch.float32) for name, weight in weights.items()}
+    return block.error(dense, torch.arange(_SAMPLES))
 
 
 def _quantize(algorithm: Algorithm, block: ToyBlock, what: str, *, noise: int) -> BlockResult:

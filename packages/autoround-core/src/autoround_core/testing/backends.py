@@ -14,13 +14,24 @@ from autoround_core.recipe import LinearSpec
 from autoround_core.records import AffineWeight, QuantizedLayer
 from autoround_core.scheme import QuantScheme
 from autoround_core.testing.cases import (
-    SCHEMES, Checked, ask, conclude, doing, random_layer, require, spec_of,
+    SCHEMES,
+    Checked,
+    ask,
+    conclude,
+    doing,
+    one_thread,
+    random_layer,
+    require,
+    spec_of,
 )
 
-SHAPES = ((16, 128), (48, 256), (64, 384), (33, 96), (7, 40), (1, 32))
+LARGEST = (64, 384)
+SHAPES = ((16, 128), (48, 256), LARGEST, (33, 96), (7, 40), (1, 32))
 ROWS = (0, 1, 3, 17, 300)
 # four roundings: of the weight, of a scale or zero point, of a partial sum, of the output
-TOLERANCE = {torch.float64: 2.0**-16, torch.float32: 2.0**-16, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-7}
+TOLERANCE = {
+    torch.float64: 2.0**-16, torch.float32: 2.0**-16, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-7,
+}
 
 
 def check_backend(
@@ -38,16 +49,22 @@ def check_backend(
     _check_answers(backend)
     absent = _absent(device)
     cells, refusals = 0, {absent} if absent else set()
+    threaded: set[int] = set()  # bits for which a layer was run with all threads
     for index, scheme in enumerate(SCHEMES):
         for shape in SHAPES:
-            bias = (index + shape[0]) % 2 == 0
+            bias = (index // 2 + shape[0]) % 2 == 0
             what = f"backend `{backend.name}`, {scheme} [{shape[0]}, {shape[1]}] on {device} in {dtype}"
             reason = ask(what, backend.why_not, spec_of(scheme, shape, bias=bias), device, dtype)
             if reason is not None or absent:
                 refusals |= {reason} if reason else set()
                 continue
-            _check_cell(backend, random_layer(scheme, shape, torch.Generator().manual_seed(index), bias=bias),
-                        device, dtype, tolerance, what)
+            layer = random_layer(scheme, shape, torch.Generator().manual_seed(index), bias=bias)
+            module = _build(backend, layer, device, dtype, what)
+            with one_thread():
+                _check_module(module, layer, device, dtype, tolerance, what)
+            if shape == LARGEST and scheme.bits not in threaded:
+                threaded.add(scheme.bits)
+                _check_module(module, layer, device, dtype, tolerance, f"{what}, all threads")
             cells += 1
     if absent:
         return Checked(0, tuple(sorted(refusals)))
@@ -85,47 +102,53 @@ def _inputs(rows: int, in_features: int, dtype: torch.dtype) -> list[tuple[str, 
     return cases
 
 
-def _check_cell(
-    backend: Backend, layer: QuantizedLayer, device: torch.device, dtype: torch.dtype, tolerance: float,
-    what: str,
-) -> None:
-    assert isinstance(layer.weight, AffineWeight)
+def _build(
+    backend: Backend, layer: QuantizedLayer, device: torch.device, dtype: torch.dtype, what: str,
+) -> torch.nn.Module:
     before = layer.weight.digest()
     with doing(f"{what}: build"):
         module = backend.build(layer, device, dtype)
     require(layer.weight.digest() == before, f"{what}: build changes the record it is given")
     kind = type(module).__name__
     require(isinstance(module, torch.nn.Module), f"{what}: build gives a {kind}, not a module")
-    bias = None if layer.bias is None else layer.bias.to(dtype).double()
+    return module
+
+
+def _check_module(
+    module: torch.nn.Module, layer: QuantizedLayer, device: torch.device, dtype: torch.dtype, tolerance: float,
+    what: str,
+) -> None:
     for rows in ROWS:
         for kind, inputs in _inputs(rows, layer.weight.shape[1], dtype):
-            case = f"{what}, {rows} rows ({kind})"
-            given = inputs.to(device)
-            copy = given.clone()
-            with doing(f"{case}: forward"), torch.no_grad():
-                output = module(given)
-            require(torch.equal(given, copy), f"{case}: forward changes its input")
-            _check_output(output, inputs, layer.weight, bias, device, dtype, tolerance, case)
+            _check_forward(module, layer, inputs.to(device), tolerance, f"{what}, {rows} rows ({kind})")
 
 
-def _check_output(
-    output: torch.Tensor, inputs: torch.Tensor, weight: AffineWeight, bias: torch.Tensor | None,
-    device: torch.device, dtype: torch.dtype, tolerance: float, case: str,
+def _check_forward(
+    module: torch.nn.Module, layer: QuantizedLayer, inputs: torch.Tensor, tolerance: float, case: str,
 ) -> None:
+    device, dtype, weight = inputs.device, inputs.dtype, layer.weight
+    assert isinstance(weight, AffineWeight)
+    copy = inputs.clone()
+    with doing(f"{case}: forward"), torch.no_grad():
+        output = module(inputs)
+    require(torch.equal(inputs, copy), f"{case}: forward changes its input")
     shape = (*inputs.shape[:-1], weight.shape[0])
     require(tuple(output.shape) == shape, f"{case}: the output must be {shape}, got {tuple(output.shape)}")
     require(output.dtype == dtype, f"{case}: the output must be {dtype}, got {output.dtype}")
     require(output.device.type == device.type, f"{case}: the output must be on {device}, got {output.device}")
-    matrix, x = exact(weight), inputs.double()
+    matrix, x = exact(weight), inputs.cpu().double()
     expected, bound = x @ matrix.T, x.abs() @ matrix.abs().T
-    if bias is not None:
+    if layer.bias is not None:
+        bias = layer.bias.to(dtype).double()
         expected, bound = expected + bias, bound + bias.abs()
     # written so that NaN fails
     wrong = ~((output.cpu().double() - expected).abs() <= tolerance * bound)
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
-        raise AssertionError(f"{case}: {int(wrong.sum())} of {wrong.numel()} outputs are wrong; at {list(at)} "
-                             f"{float(expected[at]):.6g} is right, got {float(output[at]):.6g}")
+        raise AssertionError(
+            f"{case}: {int(wrong.sum())} of {wrong.numel()} outputs are wrong; at {list(at)} "
+            f"{float(expected[at]):.6g} is right, got {float(output[at]):.6g}"
+        )
 
 
 def exact(weight: AffineWeight) -> torch.Tensor:

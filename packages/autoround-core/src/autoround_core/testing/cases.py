@@ -47,6 +47,17 @@ def doing(what: str) -> Iterator[None]:
         raise AssertionError(f"{what} raised {type(error).__name__}: {error}") from error
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Tiny matrices are not worth sharing: on a busy machine threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def ask(what: str, why_not: Callable[..., Any], *question: Any) -> str | None:
     """The answer of a `why_not`, which must be None or a sentence and must not be an exception."""
     with doing(f"{what}: why_not{question}"):
@@ -75,7 +86,7 @@ def random_weight(
 ) -> AffineWeight:
     """A record [out, in] with codes and zero points from end to end, and scales of either sign.
 
-    Scales are such that a row has a norm near 1. extreme: the smallest and the largest float16 are among them.
+    Scales are such that a row has a norm near 1. extreme: the smallest and the largest float16 are there.
     """
     out_features, in_features = shape
     top = 2**scheme.bits - 1

@@ -15,7 +15,15 @@ from autoround_core.records import QuantizedLayer
 from autoround_core.settings import TuningSettings
 from autoround_core.shards import ShardWriter, write_json
 from autoround_core.testing.cases import (
-    SCHEMES, Checked, ask, conclude, doing, random_layer, require, same, spec_of,
+    SCHEMES,
+    Checked,
+    ask,
+    conclude,
+    doing,
+    random_layer,
+    require,
+    same,
+    spec_of,
 )
 
 _CONFIG = {

@@ -11,7 +11,15 @@ from autoround_core.layout import TensorLayout
 from autoround_core.records import QuantizedWeight
 from autoround_core.scheme import QuantScheme
 from autoround_core.testing.cases import (
-    SCHEMES, Checked, ask, conclude, doing, random_weight, require, same, spec_of,
+    SCHEMES,
+    Checked,
+    ask,
+    conclude,
+    doing,
+    random_weight,
+    require,
+    same,
+    spec_of,
 )
 
 # square and not, groups that divide the row and groups that leave a rest, sizes that fill no word
