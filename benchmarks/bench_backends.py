@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from autoround_core import LinearSpec, QuantizedLayer, QuantScheme, get_registry
 
 SIZE = 2048

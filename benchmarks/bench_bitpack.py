@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from autoround_core import pack_bits, unpack_bits
 
 SIZE = 2048

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from autoround_core import QuantScheme, get_registry
 
 SIZE = 1024

@@ -11,10 +11,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from autoround_core import AutoRound, AutoRoundError, evaluate, load
-from autoround_core.evaluation import evaluation_texts, load_for_evaluation, windows_of
 from rich.console import Console
 from rich.table import Table
+
+from autoround_core import AutoRound, AutoRoundError, evaluate, load
+from autoround_core.evaluation import evaluation_texts, load_for_evaluation, windows_of
 
 MODEL = Path(__file__).parent / "tiny-qwen3"
 PROMPT = "def read_file(path):"
@@ -34,7 +35,9 @@ def main() -> None:
         output = options.output_dir or Path(scratch)
         reference, tokenizer = load_for_evaluation(MODEL, dtype=torch.float32)
         rows = windows_of(evaluation_texts(None), tokenizer, seqlen=256, windows=48)
-        table = Table("weights", "method", "perplexity", "KL divergence", "top-1", "MB", title=f"{MODEL.name}, held-out text")
+        table = Table(
+            "weights", "method", "perplexity", "KL divergence", "top-1", "MB", title=f"{MODEL.name}, held-out text"
+        )
         original = evaluate(reference, rows)
         table.add_row("16 bit", "original", str(original.perplexity), "", "", f"{weight_megabytes(MODEL):.2f}")
         for scheme in ("W4G128", "W2G64"):
@@ -45,8 +48,14 @@ def main() -> None:
                     MODEL, scheme=scheme, dataset="stdlib", nsamples=64, seqlen=256, **settings
                 ).quantize_and_save(checkpoint)
                 score = evaluate(load(checkpoint, dtype=torch.float32), rows, reference)
-                table.add_row(scheme, method, str(score.perplexity), str(score.kl), str(score.top1),
-                              f"{weight_megabytes(checkpoint):.2f}")
+                table.add_row(
+                    scheme,
+                    method,
+                    str(score.perplexity),
+                    str(score.kl),
+                    str(score.top1),
+                    f"{weight_megabytes(checkpoint):.2f}",
+                )
         console.print(table)
         model = load(output / "W4G128-signround", dtype=torch.bfloat16)
         inputs = tokenizer(PROMPT, return_tensors="pt")

@@ -29,7 +29,7 @@ ROOMS = [
     ["recipe", "records", "bitpack", "affine", "shards"],
     ["family", "layout", "format", "backend", "algorithm", "adapter"],
     [
-        "int_family", "rtn", "signround", "flow", "capture", "compute", "model_block", "calibration",
+        "int_family", "rtn", "signround", "attention", "flow", "capture", "compute", "model_block", "calibration",
         "checkpoint_names", "structure", "causal_lm",
     ],
     ["hookspecs", "registry", "builtin"],

@@ -94,8 +94,8 @@ MODELS: dict[str, Tiny] = {
     "gemma4": Tiny(
         "Gemma4TextConfig",
         dict(_SLIDING, num_hidden_layers=4, num_kv_shared_layers=2, global_head_dim=16,
-             num_global_key_value_heads=2, layer_types=["sliding_attention", "full_attention"] * 2, hidden_size_per_layer_input=32,
-             vocab_size_per_layer_input=VOCABULARY),
+             num_global_key_value_heads=2, layer_types=["sliding_attention", "full_attention"] * 2,
+             hidden_size_per_layer_input=32, vocab_size_per_layer_input=VOCABULARY),
         32, tied=True,
     ),
     # linear attention, with a convolution that checkpoints store in three pieces

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from autoround_cli.main import main
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-qwen3"
@@ -37,7 +38,9 @@ def autoround(capsys, monkeypatch):
 def rows(tmp_path) -> Path:
     """Calibration rows of ready token ids: four of 32."""
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"input_ids": [(7 * i + j) % 4000 for j in range(32)]}) + "\n" for i in range(4)))
+    path.write_text(
+        "".join(json.dumps({"input_ids": [(7 * i + j) % 4000 for j in range(32)]}) + "\n" for i in range(4))
+    )
     return path
 
 

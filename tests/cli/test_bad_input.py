@@ -26,32 +26,35 @@ def refused(autoround, tmp_path, *arguments, code: int, says: list[str], model=T
     assert not list(output.parent.glob(".*partial*"))
 
 
-@pytest.mark.parametrize(("arguments", "says"), [
-    (["--bits", "0"], ["0", "2<=x<=8"]),
-    (["--bits", "1.5"], ["1.5", "--bits"]),
-    (["--bits", "9"], ["9", "2<=x<=8"]),
-    (["--group_size", "0"], ["group_size", "positive", "-1", "got 0"]),
-    (["--group_size", "-2"], ["group_size", "got -2"]),
-    (["--group_size", "7.5"], ["7.5", "--group_size"]),
-    (["--scheme", "W4G128-asim"], ["W4G128-asim", "did you mean `W4G128`"]),
-    (["--scheme", "W9G128"], ["2 to 8", "got 9"]),
-    (["--scheme", "W4G128", "--bits", "3"], ["bits 4", "bits=3"]),
-    (["--format", "auto_rond"], ["auto_rond", "did you mean `auto_round`", "dense"]),
-    (["--format", "auto_round:auto_gpt"], ["auto_gpt", "did you mean `auto_gptq`"]),
-    (["--format", "dense,dense"], ["twice"]),
-    (["--recipe", "bset"], ["bset", "did you mean `best`"]),
-    (["--algorithm", "signround2"], ["did you mean `signround`"]),
-    (["--dataset", "stdlb"], ["stdlb", "did you mean `stdlib`"]),
-    (["--gruop_size", "32"], ["--gruop_size", "--group_size"]),
-    (["--device", "cuba"], ["cuba", "cannot be used"]),
-    (["--iters", "-1"], ["iters", "at least 0"]),
-    (["--nsamples", "0"], ["nsamples", "at least 1"]),
-    (["--lr", "0"], ["lr", "above 0"]),
-    (["--layer_config", "{oops"], ["layer_config", "JSON"]),
-    (["--layer_config", "nowhere.json"], ["nowhere.json"]),
-    (["--layer_config", '{"layers.0.mlp.gte_proj": 8}'], ["layers.0.mlp.gte_proj"]),
-    (["--layer_config", '{"mlp.gte_proj": 16}'], ["mlp.gte_proj", "model.layers"]),
-])
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--bits", "0"], ["0", "2<=x<=8"]),
+        (["--bits", "1.5"], ["1.5", "--bits"]),
+        (["--bits", "9"], ["9", "2<=x<=8"]),
+        (["--group_size", "0"], ["group_size", "positive", "-1", "got 0"]),
+        (["--group_size", "-2"], ["group_size", "got -2"]),
+        (["--group_size", "7.5"], ["7.5", "--group_size"]),
+        (["--scheme", "W4G128-asim"], ["W4G128-asim", "did you mean `W4G128`"]),
+        (["--scheme", "W9G128"], ["2 to 8", "got 9"]),
+        (["--scheme", "W4G128", "--bits", "3"], ["bits 4", "bits=3"]),
+        (["--format", "auto_rond"], ["auto_rond", "did you mean `auto_round`", "dense"]),
+        (["--format", "auto_round:auto_gpt"], ["auto_gpt", "did you mean `auto_gptq`"]),
+        (["--format", "dense,dense"], ["twice"]),
+        (["--recipe", "bset"], ["bset", "did you mean `best`"]),
+        (["--algorithm", "signround2"], ["did you mean `signround`"]),
+        (["--dataset", "stdlb"], ["stdlb", "did you mean `stdlib`"]),
+        (["--gruop_size", "32"], ["--gruop_size", "--group_size"]),
+        (["--device", "cuba"], ["cuba", "cannot be used"]),
+        (["--iters", "-1"], ["iters", "at least 0"]),
+        (["--nsamples", "0"], ["nsamples", "at least 1"]),
+        (["--lr", "0"], ["lr", "above 0"]),
+        (["--layer_config", "{oops"], ["layer_config", "JSON"]),
+        (["--layer_config", "nowhere.json"], ["nowhere.json"]),
+        (["--layer_config", '{"layers.0.mlp.gte_proj": 8}'], ["layers.0.mlp.gte_proj"]),
+        (["--layer_config", '{"mlp.gte_proj": 16}'], ["mlp.gte_proj", "model.layers"]),
+    ],
+)
 def test_usage(autoround, tmp_path, rows, arguments, says):
     # what is not under test is valid and quick; of an option given twice the last counts
     quick = ["--dataset", rows, "--nsamples", 4, "--seqlen", 32]
@@ -100,7 +103,9 @@ def test_missing_tensor(autoround, tmp_path, model_copy):
     weights = load_file(model_copy / "model.safetensors")
     del weights["model.layers.3.mlp.up_proj.weight"]
     save_file(weights, model_copy / "model.safetensors", metadata={"format": "pt"})
-    refused(autoround, tmp_path, "--recipe", "rtn", model=model_copy, code=1, says=["model.layers.3.mlp.up_proj.weight"])
+    refused(
+        autoround, tmp_path, "--recipe", "rtn", model=model_copy, code=1, says=["model.layers.3.mlp.up_proj.weight"]
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -108,8 +113,15 @@ def test_non_finite(autoround, tmp_path, model_copy, value):
     weights = load_file(model_copy / "model.safetensors")
     weights["model.layers.2.mlp.down_proj.weight"][5, 7] = value
     save_file(weights, model_copy / "model.safetensors", metadata={"format": "pt"})
-    refused(autoround, tmp_path, "--recipe", "rtn", model=model_copy, code=1,
-            says=["model.layers.2.mlp.down_proj.weight", "[5, 7]"])
+    refused(
+        autoround,
+        tmp_path,
+        "--recipe",
+        "rtn",
+        model=model_copy,
+        code=1,
+        says=["model.layers.2.mlp.down_proj.weight", "[5, 7]"],
+    )
 
 
 def test_already_quantized(autoround, tmp_path, model_copy):
@@ -130,7 +142,9 @@ def test_remote_code_is_off_by_default(autoround, tmp_path, model_copy):
 
 
 def test_output_is_model(autoround, tmp_path, model_copy):
-    refused(autoround, tmp_path, "--overwrite", model=model_copy, output=model_copy, code=2, says=["model's own directory"])
+    refused(
+        autoround, tmp_path, "--overwrite", model=model_copy, output=model_copy, code=2, says=["model's own directory"]
+    )
 
 
 def test_output_contains_model(autoround, tmp_path, model_copy):
@@ -152,8 +166,20 @@ def test_empty_calibration(autoround, tmp_path):
 
 
 def test_small_calibration(autoround, tmp_path, rows):
-    refused(autoround, tmp_path, "--dataset", rows, "--nsamples", 64, "--seqlen", 32, "--iters", 1, code=1,
-            says=["4", "64", "--nsamples 4"])
+    refused(
+        autoround,
+        tmp_path,
+        "--dataset",
+        rows,
+        "--nsamples",
+        64,
+        "--seqlen",
+        32,
+        "--iters",
+        1,
+        code=1,
+        says=["4", "64", "--nsamples 4"],
+    )
 
 
 def test_default_dataset_offline(autoround, tmp_path):
@@ -164,19 +190,40 @@ def test_scale_overflow_names_the_layer(autoround, tmp_path, model_copy):
     weights = load_file(model_copy / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"][0, 0] = 3e38
     save_file(weights, model_copy / "model.safetensors", metadata={"format": "pt"})
-    refused(autoround, tmp_path, "--recipe", "rtn", model=model_copy, code=1,
-            says=["model.layers.1.mlp.down_proj", "float16"])
+    refused(
+        autoround,
+        tmp_path,
+        "--recipe",
+        "rtn",
+        model=model_copy,
+        code=1,
+        says=["model.layers.1.mlp.down_proj", "float16"],
+    )
 
 
 def test_layer_the_format_cannot_store(autoround, tmp_path):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     odd = tmp_path / "odd"
-    config = Qwen3Config(vocab_size=64, hidden_size=64, intermediate_size=72, num_hidden_layers=1, num_attention_heads=2,
-                         num_key_value_heads=2, head_dim=32)
+    config = Qwen3Config(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=72,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+    )
     Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(odd)
-    refused(autoround, tmp_path, "--recipe", "rtn", model=odd, code=1,
-            says=["model.layers.0.mlp.gate_proj", "72", "--no_strict"])
+    refused(
+        autoround,
+        tmp_path,
+        "--recipe",
+        "rtn",
+        model=odd,
+        code=1,
+        says=["model.layers.0.mlp.gate_proj", "72", "--no_strict"],
+    )
     result = autoround("quantize", "--model", odd, "--recipe", "rtn", "--no-strict", "--output_dir", tmp_path / "out")
     assert result.code == 0, result.err
     report = json.loads((tmp_path / "out" / "report.json").read_text())

@@ -18,9 +18,21 @@ def checkpoint(tmp_path_factory):
     """A W4G128 checkpoint, and what making it printed."""
     output = tmp_path_factory.mktemp("cli") / "w4"
     done = subprocess.run(
-        [sys.executable, "-c", "from autoround_cli.main import main; main()", "quantize", "--model", str(TINY),
-         "--recipe", "rtn", "--output-dir", str(output)],
-        capture_output=True, text=True, check=True,
+        [
+            sys.executable,
+            "-c",
+            "from autoround_cli.main import main; main()",
+            "quantize",
+            "--model",
+            str(TINY),
+            "--recipe",
+            "rtn",
+            "--output-dir",
+            str(output),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.strip() == f"saved and verified: {output}"
     assert done.stderr == ""
@@ -28,8 +40,19 @@ def checkpoint(tmp_path_factory):
 
 
 def test_quantize_tunes_and_reports(autoround, tmp_path, rows):
-    result = autoround("quantize", "--model", TINY, "--scheme", "W2G64-asym", "--dataset", rows, *TUNING,
-                       "--log-json", "--output-dir", tmp_path / "out")
+    result = autoround(
+        "quantize",
+        "--model",
+        TINY,
+        "--scheme",
+        "W2G64-asym",
+        "--dataset",
+        rows,
+        *TUNING,
+        "--log-json",
+        "--output-dir",
+        tmp_path / "out",
+    )
     assert result.code == 0, result.err
     events = [json.loads(line) for line in result.err.splitlines()]
     assert [e["name"] for e in events if e["event"] == "phase"] == ["load", "calibrate", "quantize", "save", "verify"]
@@ -71,8 +94,9 @@ def test_plan_says_what_quantize_does(autoround, tmp_path):
     assert result.code == 0, result.err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {name: row["scheme"] for name, row in report["layers"].items()} == {n: row[2] for n, row in planned.items()}
-    assert {name: f"{row['bytes']:,}" for name, row in report["layers"].items()} == \
-        {name: row[3] for name, row in planned.items()}
+    assert {name: f"{row['bytes']:,}" for name, row in report["layers"].items()} == {
+        name: row[3] for name, row in planned.items()
+    }
 
 
 def test_plan_computes_nothing(autoround, tmp_path, model_copy):
@@ -83,16 +107,38 @@ def test_plan_computes_nothing(autoround, tmp_path, model_copy):
 
 def test_several_formats_from_one_run(autoround, tmp_path):
     output = tmp_path / "out"
-    result = autoround("quantize", "--model", TINY, "--recipe", "rtn", "--format", "auto_round,dense", "--output_dir", output)
+    result = autoround(
+        "quantize", "--model", TINY, "--recipe", "rtn", "--format", "auto_round,dense", "--output_dir", output
+    )
     assert result.code == 0, result.err
     assert sorted(path.name for path in output.iterdir()) == ["auto_round", "dense"]
     for name in ("auto_round", "dense"):
         files = {path.name for path in (output / name).iterdir()}
-        assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-                "chat_template.jinja", "report.json"} <= files
+        assert {
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+            "report.json",
+        } <= files
     scores = [
-        json.loads(autoround("eval", output / name, "--reference", TINY, "--dtype", "float32", "--seqlen", 64,
-                             "--windows", 4, "--json").out)
+        json.loads(
+            autoround(
+                "eval",
+                output / name,
+                "--reference",
+                TINY,
+                "--dtype",
+                "float32",
+                "--seqlen",
+                64,
+                "--windows",
+                4,
+                "--json",
+            ).out
+        )
         for name in ("auto_round", "dense")
     ]
     # the dense weights are rounded to bfloat16, those of the records are not
@@ -115,7 +161,9 @@ def test_overwrite(autoround, tmp_path, checkpoint):
 def test_run(autoround, checkpoint):
     plain = autoround("run", checkpoint, "def main(", "--max_new_tokens", 8)
     assert plain.code == 0 and plain.out.startswith("def main(") and len(plain.out) > len("def main(\n")
-    chat = autoround("run", checkpoint, "hello", "--max_new_tokens", 4, "--chat", "--backend", "reference", "--dtype", "float32")
+    chat = autoround(
+        "run", checkpoint, "hello", "--max_new_tokens", 4, "--chat", "--backend", "reference", "--dtype", "float32"
+    )
     assert chat.code == 0 and "hello" in chat.out
 
 
@@ -141,7 +189,9 @@ def test_eval(autoround, checkpoint, tmp_path):
 def test_eval_of_the_original_is_zero(autoround, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text((TINY.parents[1] / "README.md").read_text())
-    score = json.loads(autoround("eval", TINY, "--reference", TINY, "--text", text, "--seqlen", 64, "--windows", 2, "--json").out)
+    score = json.loads(
+        autoround("eval", TINY, "--reference", TINY, "--text", text, "--seqlen", 64, "--windows", 2, "--json").out
+    )
     assert score["kl"]["value"] == pytest.approx(0, abs=1e-6) and score["top1"]["value"] == 1.0
 
 

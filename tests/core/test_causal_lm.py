@@ -184,6 +184,22 @@ def test_a_weight_that_two_blocks_share_stays_as_it_is():
     assert [len(block.sites) for block in view.blocks] == [6, 6]
 
 
+def test_what_transformers_keeps_in_float32_is_not_quantized():
+    low_rank = {"q_lora_rank": 32, "kv_lora_rank": 32, "v_head_dim": 16,
+                "qk_nope_head_dim": 16, "qk_rope_head_dim": 32}
+    view = view_of(build("DeepseekV32Config", num_key_value_heads=4, first_k_dense_replace=2, **low_rank))
+    assert dict(view.kept) == {
+        f"model.layers.{i}.self_attn.indexer.weights_proj": "is kept in float32 by Transformers"
+        for i in range(2)
+    }
+
+
+def test_a_matrix_that_checkpoints_join_with_others_stays_as_it_is():
+    view = view_of(build("HrmTextConfig", num_layers_per_stack=1))
+    assert {site.name.rpartition(".")[2] for site in view.sites()} == {"o_proj", "down_proj"}
+    assert set(view.kept.values()) == {"is stored as a part of another tensor"}
+
+
 def test_matrices_that_no_linear_layer_holds_are_listed():
     view = view_of(build("MambaConfig", state_size=16, time_step_rank=4))
     reasons = {name.partition("mixer.")[2]: reason for name, reason in view.kept.items()}

@@ -26,7 +26,7 @@ SCHEMES = [
 @pytest.fixture(scope="module")
 def tensors():
     with safe_open(FILE, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def test_the_file_holds_every_cell_and_a_weight_worth_comparing(tensors):

@@ -248,11 +248,11 @@ def test_the_recipe_table_is_the_recipes():
 
 
 def test_figures_of_the_algorithms_are_those_of_the_code():
-    from autoround_core import affine, int_family, signround
+    from autoround_core import affine, int_family, model_block, signround
 
     text = (DOCS / "algorithms.md").read_text()
     numbers = {5: "five"}
-    checks, samples = numbers[signround._CHECKS], signround.VALIDATION_SAMPLES
+    checks, samples = numbers[signround._CHECKS], model_block.VALIDATION_SAMPLES
     assert f"measured {checks} times on the same {samples} samples" in text
     first, second, last = (int_family._SEARCH_FACTORS[i] for i in (0, 1, -1))
     assert f"f = {first:.2f}, {second:.2f}, ... {last:.2f}" in text

@@ -72,10 +72,12 @@ class _Int4Linear(torch.nn.Module):
             )
             output = output if self.bias is None else output + self.bias
         else:
-            output = torch.nn.functional.linear(rows, self._dequantize(), self.bias)
+            output = torch.nn.functional.linear(rows, self.weight, self.bias)
         return output.reshape(*inputs.shape[:-1], self.out_features)
 
-    def _dequantize(self) -> torch.Tensor:
+    @property
+    def weight(self) -> torch.Tensor:
+        """Dequantized, for many rows and for models that read a layer's weight themselves."""
         codes = unpack_bits(self.words, _BITS, self.in_features)
         return AffineWeight(self._scheme, codes, self.scale, self.zero_point).dequantize(torch.bfloat16)
 

@@ -57,9 +57,13 @@ class _Int8Linear(torch.nn.Module):
             output = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), self.codes, self.scale.to(torch.bfloat16))
             output = output if self.bias is None else output + self.bias
         else:
-            weight = (self.codes.float() * self.scale.unsqueeze(-1)).to(torch.bfloat16)
-            output = torch.nn.functional.linear(rows, weight, self.bias)
+            output = torch.nn.functional.linear(rows, self.weight, self.bias)
         return output.reshape(*inputs.shape[:-1], self.out_features)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Dequantized, for many rows and for models that read a layer's weight themselves."""
+        return (self.codes.float() * self.scale.unsqueeze(-1)).to(torch.bfloat16)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self._scheme}, backend=cpu_int8"

@@ -29,8 +29,13 @@ class _DequantizedLinear(torch.nn.Module):
         self.out_features, self.in_features = layer.weight.shape
         self.register_buffer("bias", None if layer.bias is None else layer.bias.to(device, dtype))
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """Dequantized, for models that read a layer's weight themselves."""
+        return self._weight.dequantize(self._dtype)
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(inputs, self._weight.dequantize(self._dtype), self.bias)
+        return torch.nn.functional.linear(inputs, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self._weight.scheme}, backend=reference"

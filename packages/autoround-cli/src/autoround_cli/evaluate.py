@@ -37,8 +37,11 @@ def evaluate(checkpoint, reference, text, seqlen, windows, device, backend, dtyp
         click.echo(json.dumps(asdict(result)))
         return
     labels = {
-        "perplexity": "perplexity", "reference_perplexity": "perplexity of the original", "kl": "KL divergence, mean (nats)",
-        "kl_p99": "KL divergence, 99th percentile", "top1": "top-1 agreement",
+        "perplexity": "perplexity",
+        "reference_perplexity": "perplexity of the original",
+        "kl": "KL divergence, mean (nats)",
+        "kl_p99": "KL divergence, 99th percentile",
+        "top1": "top-1 agreement",
     }
     rows = [[label, str(getattr(result, name))] for name, label in labels.items() if getattr(result, name) is not None]
     table(f"{checkpoint}: {result.tokens} tokens", ["figure", "value ± standard error"], rows)

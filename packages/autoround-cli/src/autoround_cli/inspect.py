@@ -18,8 +18,10 @@ def info(checkpoint: str) -> None:
     description = describe(checkpoint)
     rows = [[f"{count} layers", scheme, f"{size:,}"] for scheme, (count, size) in description.schemes.items()]
     rows.append([f"{description.rest_tensors} other tensors", "16 bit", f"{description.rest_bytes:,}"])
-    click.echo(f"format {description.format}, {description.model_type}, {description.total_bytes:,} bytes in all, "
-               f"{description.bits_per_weight:.3f} bits per quantized weight")
+    click.echo(
+        f"format {description.format}, {description.model_type}, {description.total_bytes:,} bytes in all, "
+        f"{description.bits_per_weight:.3f} bits per quantized weight"
+    )
     table(checkpoint, ["what", "scheme", "bytes"], rows)
     for line in description.report_lines:
         click.echo(line)
@@ -29,7 +31,13 @@ def info(checkpoint: str) -> None:
 def plugins() -> None:
     """List plugins: what each contributes, and which failed and why."""
     rows = [
-        [p.name, f"{p.distribution} {p.version}", p.module, ", ".join(p.hooks), f"failed: {p.error}" if p.error else "ok"]
+        [
+            p.name,
+            f"{p.distribution} {p.version}",
+            p.module,
+            ", ".join(p.hooks),
+            f"failed: {p.error}" if p.error else "ok",
+        ]
         for p in get_registry().plugins
     ]
     table("plugins", ["name", "package", "module", "hooks", "state"], rows)
@@ -42,7 +50,12 @@ def formats() -> None:
 
 
 @click.command()
-@click.option("--explain", "checkpoint", type=click.Path(), help="For each kind of layer of a checkpoint: which backend, and why no better one.")
+@click.option(
+    "--explain",
+    "checkpoint",
+    type=click.Path(),
+    help="For each kind of layer of a checkpoint: which backend, and why no better one.",
+)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--dtype", default="bfloat16", show_default=True)
 def backends(checkpoint: str | None, device: str, dtype: str) -> None:

@@ -23,11 +23,17 @@ _SCHEME = [
     click.option("--bits", type=click.IntRange(MIN_BITS, MAX_BITS), help="Bits of a weight.  [default: 4]"),
     click.option("--group_size", type=int, help="Weights that share a scale; -1 = a whole row.  [default: 128]"),
     click.option("--sym/--asym", default=None, help="Fixed or free zero point.  [default: sym]"),
-    click.option("--layer_config", help="Other schemes for some layers: JSON or a JSON file, "
-                 '{"name or regular expression": "W8G128" | 16 | {"bits": 8}}.'),
+    click.option(
+        "--layer_config",
+        help="Other schemes for some layers: JSON or a JSON file, "
+        '{"name or regular expression": "W8G128" | 16 | {"bits": 8}}.',
+    ),
     click.option("--quant_lm_head", is_flag=True, help="Quantize lm_head too."),
-    click.option("--strict/--no_strict", default=True,
-                 help="Refuse, or keep in 16 bits, layers that the format cannot store.  [default: strict]"),
+    click.option(
+        "--strict/--no_strict",
+        default=True,
+        help="Refuse, or keep in 16 bits, layers that the format cannot store.  [default: strict]",
+    ),
 ]
 _TUNING = [
     click.option("--recipe", default=DEFAULT_RECIPE, show_default=True, help=f"One of {', '.join(RECIPES)}."),
@@ -40,13 +46,19 @@ _TUNING = [
     click.option("--lr", type=float, help="Learning rate of the rounding.  [default: 1/iters]"),
     click.option("--minmax_lr", type=float, help="Learning rate of the clipping range.  [default: lr]"),
     click.option("--seed", type=int, help="Seed of the sample order.  [default: 42]"),
-    click.option("--dataset", default=None, help="Calibration text: a hub dataset, .txt .json .jsonl .parquet, or `stdlib`; "
-                 "several by commas; each may add :num=N :split=S :concat :apply_chat_template :system_prompt=TEXT."
-                 "  [default: NeelNanda/pile-10k]"),
+    click.option(
+        "--dataset",
+        default=None,
+        help="Calibration text: a hub dataset, .txt .json .jsonl .parquet, or `stdlib`; "
+        "several by commas; each may add :num=N :split=S :concat :apply_chat_template :system_prompt=TEXT."
+        "  [default: NeelNanda/pile-10k]",
+    ),
     click.option("--amp/--no_amp", default=True, help="Matrix products in 16 bits while tuning.  [default: amp]"),
 ]
 _RUN = [
-    click.option("--format", "format_", default="auto_round", show_default=True, help="Checkpoint format; several by commas."),
+    click.option(
+        "--format", "format_", default="auto_round", show_default=True, help="Checkpoint format; several by commas."
+    ),
     click.option("--device", default="cpu", show_default=True, help="Where to tune: cpu, cuda, cuda:1, xpu, hpu."),
     click.option("--low_gpu_mem_usage", is_flag=True, help="Keep calibration states in main memory."),
 ]

@@ -13,8 +13,12 @@ from autoround_cli.options import make_autoround, quantization_options
 
 @click.command()
 @quantization_options
-@click.option("--output_dir", required=True, type=click.Path(), help="Directory of the checkpoint; must not exist or be empty.")
-@click.option("--overwrite", is_flag=True, help="Replace what is in the output directory, once the new one is verified.")
+@click.option(
+    "--output_dir", required=True, type=click.Path(), help="Directory of the checkpoint; must not exist or be empty."
+)
+@click.option(
+    "--overwrite", is_flag=True, help="Replace what is in the output directory, once the new one is verified."
+)
 @click.option("--quiet", is_flag=True, help="No progress; warnings and errors only.")
 @click.option("--log_json", is_flag=True, help="Progress as JSON lines on stderr, for batch jobs.")
 def quantize(output_dir: str, overwrite: bool, quiet: bool, log_json: bool, format_: str, **options) -> None:
@@ -36,8 +40,14 @@ def plan(format_: str, **options) -> None:
     """Show what `quantize` would do to each layer; compute nothing."""
     result = make_autoround(options).plan(format_)
     rows = [
-        [layer.spec.name, f"{layer.spec.out_features}x{layer.spec.in_features}",
-         str(layer.spec.scheme) if layer.spec.scheme else "16 bit", f"{layer.stored_bytes:,}", layer.backend, layer.reason]
+        [
+            layer.spec.name,
+            f"{layer.spec.out_features}x{layer.spec.in_features}",
+            str(layer.spec.scheme) if layer.spec.scheme else "16 bit",
+            f"{layer.stored_bytes:,}",
+            layer.backend,
+            layer.reason,
+        ]
         for layer in result.layers
     ]
     rows += [[name, "", "16 bit", "", "torch", reason] for name, reason in result.kept.items()]

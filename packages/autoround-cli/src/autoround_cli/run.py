@@ -23,7 +23,11 @@ def run(checkpoint, prompt, max_new_tokens, device, backend, dtype, chat, trust_
     from autoround_core.evaluation import load_for_evaluation
 
     model, tokenizer = load_for_evaluation(
-        checkpoint, device=parse_device(device), backend=backend, dtype=parse_dtype(dtype), trust_remote_code=trust_remote_code
+        checkpoint,
+        device=parse_device(device),
+        backend=backend,
+        dtype=parse_dtype(dtype),
+        trust_remote_code=trust_remote_code,
     )
     if chat:
         messages = [{"role": "user", "content": prompt}]
@@ -31,6 +35,9 @@ def run(checkpoint, prompt, max_new_tokens, device, backend, dtype, chat, trust_
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
     with torch.no_grad():
         output = model.generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens, do_sample=False
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
         )
     click.echo(tokenizer.decode(output[0], skip_special_tokens=True))

@@ -22,7 +22,7 @@ _LONGEST = 1024  # tokens; beyond, the kept probabilities outweigh everything el
 @contextmanager
 def tuning_attention(model: torch.nn.Module) -> Iterator[None]:
     """Let a Transformers model that uses "sdpa" attention use this module's while the context lasts."""
-    if getattr(model.config, "_attn_implementation", None) != "sdpa":
+    if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
         yield
         return
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -48,7 +48,7 @@ def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=N
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return CausalAttention.apply(query, key, value, scaling).transpose(1, 2), None
+    return CausalAttention.apply(query, key, value, scaling).transpose(1, 2).contiguous(), None
 
 
 class CausalAttention(torch.autograd.Function):

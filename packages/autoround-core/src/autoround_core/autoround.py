@@ -12,9 +12,9 @@ import torch
 
 from autoround_core.adapter import ModelAdapter, ModelView
 from autoround_core.calibration import DEFAULT_DATASET, CalibrationSet, load_calibration
+from autoround_core.compute import Compute
 from autoround_core.errors import UsageError, unknown_name
 from autoround_core.format import CheckpointContext, CheckpointFormat
-from autoround_core.compute import Compute
 from autoround_core.output import OutputDirectory
 from autoround_core.plan import Plan, make_plan
 from autoround_core.progress import Progress
@@ -45,7 +45,9 @@ def choose_scheme(
     chosen = scheme if isinstance(scheme, QuantScheme) else QuantScheme.parse(scheme)
     for name, value in given.items():
         if getattr(chosen, name) != value:
-            raise UsageError(f"scheme {chosen} has {name} {getattr(chosen, name)}, but {name}={value} is given too; use one")
+            raise UsageError(
+                f"scheme {chosen} has {name} {getattr(chosen, name)}, but {name}={value} is given too; use one"
+            )
     return chosen
 
 
@@ -64,11 +66,25 @@ class AutoRound:
     """
 
     def __init__(
-        self, model: str | Path | torch.nn.Module, tokenizer: Any = None, *, scheme: str | QuantScheme | None = None,
-        bits: int | None = None, group_size: int | None = None, sym: bool | None = None, recipe: str | None = None,
-        layer_config: Any = None, dataset: Any = DEFAULT_DATASET, device: str | torch.device | None = None,
-        device_map: str | torch.device | None = None, low_gpu_mem_usage: bool = False, quant_lm_head: bool = False,
-        amp: bool = True, strict: bool = True, trust_remote_code: bool = False, progress: Progress | None = None,
+        self,
+        model: str | Path | torch.nn.Module,
+        tokenizer: Any = None,
+        *,
+        scheme: str | QuantScheme | None = None,
+        bits: int | None = None,
+        group_size: int | None = None,
+        sym: bool | None = None,
+        recipe: str | None = None,
+        layer_config: Any = None,
+        dataset: Any = DEFAULT_DATASET,
+        device: str | torch.device | None = None,
+        device_map: str | torch.device | None = None,
+        low_gpu_mem_usage: bool = False,
+        quant_lm_head: bool = False,
+        amp: bool = True,
+        strict: bool = True,
+        trust_remote_code: bool = False,
+        progress: Progress | None = None,
         **settings: Any,
     ) -> None:
         names = [*inspect.signature(AutoRound).parameters, *TuningSettings.__dataclass_fields__]
@@ -90,6 +106,11 @@ class AutoRound:
         self._loaded: torch.nn.Module | None = None
         self._path: Path | None = None
         if isinstance(model, torch.nn.Module):
+            if not hasattr(model, "config"):
+                raise UsageError(
+                    f"model is a {type(model).__name__} without a config; give a Transformers model, "
+                    "a directory or a hub id"
+                )
             self._loaded = model
             path = Path(getattr(model, "name_or_path", "") or "/nonexistent")
             self._path = path if path.is_dir() else None
@@ -120,9 +141,17 @@ class AutoRound:
 
     def _plan(self, view: ModelView, formats: Sequence[CheckpointFormat]) -> Plan:
         return make_plan(
-            view, self._recipe, self._settings, formats=formats, families=self._families,
-            backends=list(get_registry().backends().values()), device=self._device, dtype=view.model.dtype,
-            quant_lm_head=self._quant_lm_head, strict=self._strict, needs_data=self._algorithm.needs_data,
+            view,
+            self._recipe,
+            self._settings,
+            formats=formats,
+            families=self._families,
+            backends=list(get_registry().backends().values()),
+            device=self._device,
+            dtype=view.model.dtype,
+            quant_lm_head=self._quant_lm_head,
+            strict=self._strict,
+            needs_data=self._algorithm.needs_data,
         )
 
     # --- the run --------------------------------------------------------------------------------------------
@@ -140,9 +169,7 @@ class AutoRound:
         outcomes, self._outcomes = self._outcomes, []
         return self._save(output_dir, format, overwrite, lambda plan: iter(outcomes))
 
-    def quantize_and_save(
-        self, output_dir: str | Path, format: str = "auto_round", *, overwrite: bool = False
-    ) -> Path:
+    def quantize_and_save(self, output_dir: str | Path, format: str = "auto_round", *, overwrite: bool = False) -> Path:
         """Quantize and write layer by layer; verify; return the directory.
 
         format: one name, written straight into `output_dir`, or several joined by commas, each into a folder of its
@@ -161,8 +188,14 @@ class AutoRound:
             with self._phases.measure("verify"):
                 verification = self._verify(formats, folders, expectation)
             report = build_report(
-                model=self._name, formats=[fmt.name for fmt in formats], plan=plan, settings=self._settings,
-                outcomes=self._outcomes, calibration=self._calibration, phases=self._phases, verification=verification,
+                model=self._name,
+                formats=[fmt.name for fmt in formats],
+                plan=plan,
+                settings=self._settings,
+                outcomes=self._outcomes,
+                calibration=self._calibration,
+                phases=self._phases,
+                verification=verification,
             )
             for folder in folders:
                 write_json(folder / REPORT, report)
@@ -195,9 +228,14 @@ class AutoRound:
 
     def _context(self, plan: Plan, view: ModelView) -> CheckpointContext:
         return CheckpointContext(
-            config=self._config, recipe=self._recipe, layers=plan.specs(), blocks=[b.name for b in view.blocks],
-            kept=list(view.kept), transposed=[s.name for s in view.sites() if s.transposed and s.expert is None],
-            dtype=view.model.dtype, settings=self._settings,
+            config=self._config,
+            recipe=self._recipe,
+            layers=plan.specs(),
+            blocks=[b.name for b in view.blocks],
+            kept=list(view.kept),
+            transposed=[s.name for s in view.sites() if s.transposed and s.expert is None],
+            dtype=view.model.dtype,
+            settings=self._settings,
         )
 
     def _copy_companions(self, folder: Path) -> None:

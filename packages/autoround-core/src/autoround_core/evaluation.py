@@ -58,8 +58,10 @@ def load_for_evaluation(model: str | Path, *, device="cpu", backend: str = AUTO,
     adapter = get_registry().adapter(read_json(path / "config.json"))
     tokenizer = adapter.tokenizer(path, trust_remote_code=trust_remote_code)
     if tokenizer is None:
-        raise ModelError(f"`{path}` has no tokenizer, which reading and writing text needs; copy tokenizer.json and "
-                         "tokenizer_config.json from the original model")
+        raise ModelError(
+            f"`{path}` has no tokenizer, which reading and writing text needs; copy tokenizer.json and "
+            "tokenizer_config.json from the original model"
+        )
     return loaded, tokenizer
 
 
@@ -90,7 +92,9 @@ def windows_of(texts: Iterable[str], tokenizer, *, seqlen: int, windows: int) ->
             break
     count = min(windows, len(ids) // seqlen)
     if count == 0:
-        raise CalibrationError(f"the text gives {len(ids)} tokens, one window needs {seqlen}; give more text or a smaller --seqlen")
+        raise CalibrationError(
+            f"the text gives {len(ids)} tokens, one window needs {seqlen}; give more text or a smaller --seqlen"
+        )
     return torch.tensor(ids[: count * seqlen]).view(count, seqlen)
 
 
@@ -117,7 +121,10 @@ def evaluate(model: torch.nn.Module, rows: torch.Tensor, reference: torch.nn.Mod
     if reference is None:
         return Evaluation(**counts)
     return Evaluation(
-        **counts, reference_perplexity=_perplexity(reference_nll), kl=_mean(kl), top1=_mean(top1),
+        **counts,
+        reference_perplexity=_perplexity(reference_nll),
+        kl=_mean(kl),
+        top1=_mean(top1),
         # the percentile of all tokens; its error from the percentiles of the windows
         kl_p99=Estimate(float(torch.cat(every_kl).quantile(0.99)), _mean(p99).error),
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 
 from autoround_core import affine
+from autoround_core.errors import UnsupportedError
 from autoround_core.family import NumberFamily, TunableWeight
 from autoround_core.records import AffineWeight
 from autoround_core.scheme import QuantScheme
@@ -58,7 +59,10 @@ class IntFamily(NumberFamily):
 def _candidates(low, high, scheme: QuantScheme):
     """Yield (scale, zero_point) pairs, [out, groups]: shrunk ranges, for sym of either sign."""
     for factor in _SEARCH_FACTORS:
-        scale, zero_point = affine.scale_and_zero(low * factor, high * factor, scheme)
+        try:
+            scale, zero_point = affine.scale_and_zero(low * factor, high * factor, scheme)
+        except UnsupportedError:  # a stretched range may need a scale that float16 cannot hold
+            continue
         yield scale, zero_point
         if scheme.sym:
             yield -scale, zero_point

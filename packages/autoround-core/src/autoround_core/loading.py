@@ -40,7 +40,11 @@ def spec_of(layer: QuantizedLayer) -> LinearSpec:
 
 
 def load(
-    path: str | Path, *, device: str | torch.device = "cpu", backend: str = AUTO, dtype: torch.dtype | None = None,
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    backend: str = AUTO,
+    dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> torch.nn.Module:
     """Load a checkpoint of any registered format as a Transformers model with generate().
@@ -56,7 +60,12 @@ def load(
 
 
 def assemble(
-    model: torch.nn.Module, adapter: ModelAdapter, reader: CheckpointReader, *, device: torch.device, backend: str,
+    model: torch.nn.Module,
+    adapter: ModelAdapter,
+    reader: CheckpointReader,
+    *,
+    device: torch.device,
+    backend: str,
 ) -> torch.nn.Module:
     """Fill a skeleton: a backend's module for each quantized layer, tensors for the rest."""
     view = adapter.view(model)
@@ -69,8 +78,10 @@ def assemble(
         if site is None:
             raise CheckpointError(f"the checkpoint holds a quantized layer `{layer.name}` that the model does not have")
         if (site.out_features, site.in_features) != layer.weight.shape:
-            raise CheckpointError(f"layer `{layer.name}` is {layer.weight.shape} in the checkpoint, "
-                                  f"{(site.out_features, site.in_features)} in the model")
+            raise CheckpointError(
+                f"layer `{layer.name}` is {layer.weight.shape} in the checkpoint, "
+                f"{(site.out_features, site.in_features)} in the model"
+            )
         if site.expert is not None:
             dense[f"{layer.name}.weight"] = layer.weight.dequantize(dtype)
             continue
@@ -80,8 +91,10 @@ def assemble(
         _replace(view, site, module)
     missing = adapter.fill(view, dense | dict(reader.rest()))
     if missing:
-        raise CheckpointError(f"the checkpoint has no weights for {', '.join(missing[:5])}"
-                              + (f" and {len(missing) - 5} more" if len(missing) > 5 else ""))
+        raise CheckpointError(
+            f"the checkpoint has no weights for {', '.join(missing[:5])}"
+            + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        )
     return model.to(device)
 
 
@@ -91,7 +104,10 @@ def _replace(view: ModelView, site: LinearSite, module: torch.nn.Module) -> None
 
 
 def explain(
-    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16,
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Iterator[tuple[LinearSpec, int, list[tuple[str, str | None]]]]:
     """For each kind of layer: an example, how many there are, and every backend's answer, best first."""
     from autoround_core.backend import answers
@@ -137,11 +153,15 @@ def describe(path: str | Path) -> Description:
         weights, bits = weights + math.prod(layer.weight.shape), bits + stored
     rest = [tensor.numel() * tensor.element_size() for _, tensor in reader.rest()]
     return Description(
-        format=found.name, model_type=str(reader.config.get("model_type")), schemes=schemes,
-        rest_tensors=len(rest), rest_bytes=sum(rest),
+        format=found.name,
+        model_type=str(reader.config.get("model_type")),
+        schemes=schemes,
+        rest_tensors=len(rest),
+        rest_bytes=sum(rest),
         # whatever a format calls its files
         total_bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
-        bits_per_weight=bits / max(1, weights), report_lines=_report_lines(path),
+        bits_per_weight=bits / max(1, weights),
+        report_lines=_report_lines(path),
     )
 
 
@@ -150,7 +170,10 @@ def _report_lines(path: Path) -> tuple[str, ...]:
         return ()
     report = read_json(path / "report.json")
     settings, calibration = report.get("settings", {}), report.get("calibration")
-    lines = [f"made from {report.get('model')} by {settings.get('algorithm')}, {settings.get('iters')} steps, seed {report.get('seed')}"]
+    how = f"{settings.get('algorithm')}, {settings.get('iters')} steps, seed {report.get('seed')}"
+    lines = [f"made from {report.get('model')} by {how}"]
     if calibration:
-        lines.append(f"calibrated on {calibration['samples']} samples, {calibration['tokens']} tokens of {calibration['source']}")
+        lines.append(
+            f"calibrated on {calibration['samples']} samples, {calibration['tokens']} tokens of {calibration['source']}"
+        )
     return tuple(lines)

@@ -26,7 +26,9 @@ class OutputDirectory:
             if not self.final.is_dir():
                 raise OutputError(f"output_dir `{final}` is a file")
             if any(self.final.iterdir()) and not overwrite:
-                raise OutputError(f"output_dir `{final}` is not empty; choose another, or pass --overwrite to replace it")
+                raise OutputError(
+                    f"output_dir `{final}` is not empty; choose another, or pass --overwrite to replace it"
+                )
         nearest = next(parent for parent in self.final.parents if parent.exists())
         if not nearest.is_dir():
             raise OutputError(f"output_dir `{final}` cannot be made: `{nearest}` is a file")

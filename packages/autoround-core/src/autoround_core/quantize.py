@@ -14,10 +14,10 @@ import torch
 
 from autoround_core.adapter import BlockView, ModelView
 from autoround_core.algorithm import Algorithm, BlockResult, Run
-from autoround_core.capture import PLAIN_CALL, BlockCall, capture, head_inputs, is_batchable
+from autoround_core.capture import PLAIN_CALL, BlockCall, capture, head_inputs
+from autoround_core.compute import Compute
 from autoround_core.errors import NonFiniteError, UnsupportedError
 from autoround_core.family import NumberFamily
-from autoround_core.compute import Compute
 from autoround_core.model_block import ModelBlock
 from autoround_core.plan import Plan
 from autoround_core.progress import Progress
@@ -97,16 +97,13 @@ class BlockDriver:
     def _capture(self, input_ids: torch.Tensor | None) -> tuple[torch.Tensor | None, list[BlockCall]]:
         if input_ids is None:
             return None, [PLAIN_CALL] * len(self._view.blocks)
-        first = self._view.blocks[0].module
         hidden, calls = capture(self._view, input_ids)
-        hidden = hidden.to(self._compute.storage)
-        with torch.no_grad(), self._compute.autocast():
-            together = is_batchable(calls[0], first, hidden[:2].to(next(first.parameters()).device).float())
-        return hidden, [replace(call, batchable=together) for call in calls]
+        return hidden.to(self._compute.storage), calls
 
     def _quantize(self, index: int, view: BlockView, call: BlockCall, chains, *, last: bool = False):
         """(outcome of one block, the chains behind it). last: nothing follows, and targets are not kept (lm_head)."""
         start = time.perf_counter()
+        home = next(view.module.parameters()).device
         view.module.to(self._compute.device)
         schemes = {site.name: self._schemes[site.name] for site in view.sites if site.name in self._schemes}
         families = {name: self._families[scheme.data_type] for name, scheme in schemes.items()}
@@ -126,7 +123,7 @@ class BlockDriver:
         block.write_back({layer.layer.name: layer.layer.weight.dequantize(torch.float32) for layer in layers})
         if quantized is not None and not last:
             block.advance(quantized)
-        view.module.to("cpu")
+        view.module.to(home)
         outcome = BlockOutcome(view.name, layers, before, after, result.steps, result.best_step,
                                time.perf_counter() - start, result.notes)
         return outcome, (original, quantized)

@@ -18,7 +18,15 @@ from autoround_core.plan import Plan
 from autoround_core.quantize import BlockOutcome
 from autoround_core.settings import TuningSettings
 
-_PACKAGES = ("autoround-core", "autoround-export", "autoround-backends", "autoround-cli", "torch", "transformers", "safetensors")
+_PACKAGES = (
+    "autoround-core",
+    "autoround-export",
+    "autoround-backends",
+    "autoround-cli",
+    "torch",
+    "transformers",
+    "safetensors",
+)
 
 
 class Phases:
@@ -61,15 +69,26 @@ def calibration_row(calibration: CalibrationSet | None) -> dict[str, Any] | None
     if calibration is None:
         return None
     return {
-        "source": calibration.source, "documents": calibration.documents, "samples": calibration.samples,
-        "seqlen": calibration.seqlen, "tokens": calibration.tokens, "unused_tokens": calibration.unused_tokens,
+        "source": calibration.source,
+        "documents": calibration.documents,
+        "samples": calibration.samples,
+        "seqlen": calibration.seqlen,
+        "tokens": calibration.tokens,
+        "unused_tokens": calibration.unused_tokens,
         "sha256": calibration.sha256,
     }
 
 
 def build_report(
-    *, model: str, formats: Sequence[str], plan: Plan, settings: TuningSettings, outcomes: Sequence[BlockOutcome],
-    calibration: CalibrationSet | None, phases: Phases, verification: dict[str, Any],
+    *,
+    model: str,
+    formats: Sequence[str],
+    plan: Plan,
+    settings: TuningSettings,
+    outcomes: Sequence[BlockOutcome],
+    calibration: CalibrationSet | None,
+    phases: Phases,
+    verification: dict[str, Any],
 ) -> dict[str, Any]:
     """The content of report.json."""
     errors = {layer.layer.name: layer.relative_error for outcome in outcomes for layer in outcome.layers}
@@ -77,23 +96,38 @@ def build_report(
     for row in plan.layers:
         spec = row.spec
         layers[spec.name] = {
-            "scheme": str(spec.scheme) if spec.scheme else "16 bit", "shape": [spec.out_features, spec.in_features],
+            "scheme": str(spec.scheme) if spec.scheme else "16 bit",
+            "shape": [spec.out_features, spec.in_features],
             "bytes": row.stored_bytes,
             "bits_per_weight": round(8 * row.stored_bytes / (spec.out_features * spec.in_features), 6),
-            "relative_weight_error": errors.get(spec.name), **({"reason": row.reason} if row.reason else {}),
+            "relative_weight_error": errors.get(spec.name),
+            **({"reason": row.reason} if row.reason else {}),
         }
     blocks = {
         outcome.name: {
-            "loss_before": outcome.before, "loss_after": outcome.after, "steps": outcome.steps,
-            "best_step": outcome.best_step, "seconds": round(outcome.seconds, 3), "notes": list(outcome.notes),
+            "loss_before": outcome.before,
+            "loss_after": outcome.after,
+            "steps": outcome.steps,
+            "best_step": outcome.best_step,
+            "seconds": round(outcome.seconds, 3),
+            "notes": list(outcome.notes),
         }
         for outcome in outcomes
     }
     return {
-        "model": model, "formats": list(formats), "settings": settings.asdict(), "seed": settings.seed,
-        "threads": torch.get_num_threads(), "versions": versions(), "calibration": calibration_row(calibration),
-        "bytes": plan.stored_bytes, "original_bytes": plan.original_bytes,
+        "model": model,
+        "formats": list(formats),
+        "settings": settings.asdict(),
+        "seed": settings.seed,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "calibration": calibration_row(calibration),
+        "bytes": plan.stored_bytes,
+        "original_bytes": plan.original_bytes,
         "bits_per_weight": round(plan.linear_bits_per_weight, 4),
-        "layers": layers, "kept_in_16_bits": dict(plan.kept), "blocks": blocks, "phases": phases.rows,
+        "layers": layers,
+        "kept_in_16_bits": dict(plan.kept),
+        "blocks": blocks,
+        "phases": phases.rows,
         "verification": verification,
     }

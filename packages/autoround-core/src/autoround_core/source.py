@@ -23,15 +23,20 @@ def find_model(model: str | Path) -> Path:
         return path
     text = str(model)
     if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise ModelError(f"model `{text}` is no directory; give a directory with config.json and safetensors, or a hub id")
+        raise ModelError(
+            f"model `{text}` is no directory; give a directory with config.json and safetensors, or a hub id"
+        )
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(text, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"]))
+        return Path(
+            snapshot_download(text, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"])
+        )
     except Exception as error:  # the hub client raises a dozen unrelated types; all mean the same to the user
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"model `{text}` is no local directory and could not be downloaded from the hub ({type(error).__name__}: {first})"
+            f"model `{text}` is no local directory and could not be downloaded from the hub "
+            f"({type(error).__name__}: {first})"
         ) from None
 
 

@@ -18,6 +18,7 @@ from autoround_core.errors import UnsupportedError
 _ROUTER = "decides which experts run"
 _SHARED = "is used by more than one block"
 _JOINED = "is stored as a part of another tensor"
+_PRECISE = "is kept in float32 by Transformers"
 
 
 def find_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
@@ -44,6 +45,7 @@ class SiteFinder:
         self._width = model.get_input_embeddings().weight.shape[1]
         self._stored = stored_names(model, own)
         self._first = {name: names[0] for names in aliases(own).values() if len(names) > 1 for name in names}
+        self._precise = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
         self.kept: dict[str, str] = {}
 
     def sites(self, block_name: str, block: torch.nn.Module) -> tuple[LinearSite, ...]:
@@ -80,6 +82,8 @@ class SiteFinder:
             return f"a {type(module).__name__} is no linear layer"
         if name in self._first:
             return _SHARED
+        if any(f".{part}." in f".{name}." for part in self._precise):
+            return _PRECISE
         return None if name in self._stored else _JOINED
 
     def _experts(self, path: str, module: torch.nn.Module) -> Iterator[LinearSite]:

@@ -53,7 +53,9 @@ class Expectation:
             if name not in found:
                 raise VerificationError(f"layer `{name}` is missing from the saved {fmt.name} checkpoint")
             if found[name] != digest:
-                raise VerificationError(f"layer `{name}` of the saved {fmt.name} checkpoint differs from what was tuned")
+                raise VerificationError(
+                    f"layer `{name}` of the saved {fmt.name} checkpoint differs from what was tuned"
+                )
         if unexpected := found.keys() - expected.keys():
             raise VerificationError(f"the saved {fmt.name} checkpoint holds an unexpected layer `{min(unexpected)}`")
         return len(found)
@@ -71,8 +73,13 @@ def probe(model: torch.nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
 
 
 def check_forward(
-    fmt: CheckpointFormat, directory: Path, adapter: ModelAdapter, token_ids: torch.Tensor, expected: torch.Tensor,
-    *, trust_remote_code: bool,
+    fmt: CheckpointFormat,
+    directory: Path,
+    adapter: ModelAdapter,
+    token_ids: torch.Tensor,
+    expected: torch.Tensor,
+    *,
+    trust_remote_code: bool,
 ) -> float:
     """Load the checkpoint and compare its logits; return the largest difference over the largest logit.
 

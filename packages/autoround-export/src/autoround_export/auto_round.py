@@ -18,10 +18,21 @@ from typing import Any
 import torch
 
 from autoround_core import (
-    CheckpointContext, CheckpointError, CheckpointFormat, CheckpointReader, CheckpointWriter, LinearSpec,
-    QuantizedLayer, QuantScheme, ShardWriter, TensorFiles, TensorLayout, read_json, unknown_name, write_json,
+    CheckpointContext,
+    CheckpointError,
+    CheckpointFormat,
+    CheckpointReader,
+    CheckpointWriter,
+    LinearSpec,
+    QuantizedLayer,
+    QuantScheme,
+    ShardWriter,
+    TensorFiles,
+    TensorLayout,
+    read_json,
+    unknown_name,
+    write_json,
 )
-
 from autoround_export.awq_layout import AwqLayout
 from autoround_export.gptq_layout import GptqLayout
 

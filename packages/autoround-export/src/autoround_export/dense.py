@@ -8,8 +8,16 @@ from pathlib import Path
 import torch
 
 from autoround_core import (
-    CheckpointContext, CheckpointFormat, CheckpointReader, CheckpointWriter, LinearSpec, QuantizedLayer, ShardWriter,
-    TensorFiles, read_json, write_json,
+    CheckpointContext,
+    CheckpointFormat,
+    CheckpointReader,
+    CheckpointWriter,
+    LinearSpec,
+    QuantizedLayer,
+    ShardWriter,
+    TensorFiles,
+    read_json,
+    write_json,
 )
 
 

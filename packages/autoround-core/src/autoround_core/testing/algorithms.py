@@ -47,6 +47,7 @@ class ToyBlock(Block):
         # what reaches a block has passed through quantized ones: close to the original, not equal
         self._quantized = self._original + 0.02 * sizes * normal(_SAMPLES, _SEQLEN, _WIDTH)
         self.samples = _SAMPLES if with_data else 0
+        self.validation = torch.arange(self.samples)
         self.schemes = dict.fromkeys(self._weights, scheme)
         self.families = dict.fromkeys(self._weights, families[scheme.data_type])
 
