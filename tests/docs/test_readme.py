@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+
 from autoround_cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +44,9 @@ def test_python_example(beside_examples):
 def test_commands(beside_examples, capsys):
     code = next(code for _, code in BLOCKS if code.startswith("autoround quantize"))
     # the example tunes for minutes; what is checked here is that each line works
-    shorter = {"quantize": ["--iters", "1", "--nsamples", "4"], "eval": ["--windows", "2"], "run": ["--max_new_tokens", "2"]}
+    shorter = {
+        "quantize": ["--iters", "1", "--nsamples", "4"], "eval": ["--windows", "2"], "run": ["--max_new_tokens", "2"],
+    }
     for line in code.splitlines():
         words = shlex.split(line)
         with pytest.raises(SystemExit) as done:
