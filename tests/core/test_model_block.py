@@ -91,7 +91,7 @@ def test_a_bfloat16_model_runs_in_both_precisions(saved, name, compute):
     expected = precise.tuned.forward({name: weight.float() for name, weight in weights.items()}, ROWS)
     actual = case.tuned.forward(weights, ROWS)
     error = (actual - expected).norm() / expected.norm()
-    # states and errors stay in float32 in both; with products in bfloat16 a token may choose another expert
+    # errors stay in float32 in both; with states and products in bfloat16 a token may choose another expert
     limit = 2e-2 if compute == torch.float32 else 0.2 if name in MIXTURES else 0.04
     assert actual.dtype == torch.float32 and error < limit
 

@@ -41,6 +41,10 @@ class ModelBlock(Block):
         self._module, self._compute = module, compute
         # without autocast whatever meets the float32 states must be float32 too
         self._autocast = compute.dtype != torch.float32
+        # a model whose dtype is that of the products runs as it would run for its users; any other keeps a float32
+        # residual stream, because what a block adds is small beside what it passes through
+        native = self._autocast and all(parameter.dtype == compute.dtype for parameter in module.parameters())
+        self._dtype = compute.dtype if native else torch.float32
         self._call = call.on(compute.device, None if self._autocast else torch.float32)
         self._prefix = len(name) + 1
         self._paths: dict[str, list[LinearSite]] = {}
@@ -82,11 +86,11 @@ class ModelBlock(Block):
 
     def forward(self, weights: Mapping[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
         with self._substituted(weights):
-            return torch.cat(self._map(lambda piece: self._run(self._hidden, piece), rows))
+            return torch.cat(self._map(lambda piece: self._run(self._hidden, piece), rows)).float()
 
     def target(self, rows: torch.Tensor) -> torch.Tensor:
         if self._targets_given:
-            return self._compute.fetch(self._original, rows)
+            return self._compute.fetch(self._original, rows, torch.float32)
         with torch.no_grad(), self._substituted({}):
             return torch.cat(self._map(lambda piece: self._run(self._original, piece), rows)).float()
 
@@ -113,9 +117,8 @@ class ModelBlock(Block):
             return function(torch.nn.functional.mse_loss(output, target) * (len(piece) / len(rows)))
 
         if self._targets_given:
-            fetch = self._compute.fetch
             with self._substituted(weights):
-                return self._map(lambda piece: piece_error(piece, fetch(self._original, piece)), rows)
+                return self._map(lambda piece: piece_error(piece, self.target(piece)), rows)
         results: list[T] = []
         for row in rows.split(1):
             target = self.target(row)
@@ -142,7 +145,7 @@ class ModelBlock(Block):
 
     def _run(self, hidden: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
         """Output for some samples of `hidden`; autocast and weights in place are the caller's business."""
-        return self._call.run(self._module, self._compute.fetch(hidden, piece), piece)
+        return self._call.run(self._module, self._compute.fetch(hidden, piece, self._dtype), piece)
 
     def _stand_ins(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | list[torch.Tensor]]:
         """What the block runs with instead of its own parameters, by local path; a list holds experts."""
