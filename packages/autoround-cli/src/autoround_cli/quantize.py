@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import click
 
+from autoround_cli.allocator import keep_freed_memory
 from autoround_cli.display import make_progress, table
 from autoround_cli.options import make_autoround, quantization_options
 
@@ -26,6 +27,7 @@ def quantize(output_dir: str, overwrite: bool, quiet: bool, log_json: bool, form
 
     Example: autoround quantize --model examples/tiny-qwen3 --bits 4 --dataset stdlib --output_dir OUT
     """
+    keep_freed_memory()
     progress = make_progress(quiet, log_json)
     # bars must be closed before the error is printed
     with progress if hasattr(progress, "__enter__") else nullcontext():

@@ -35,7 +35,7 @@ class Block(ABC):
 
     @abstractmethod
     def forward(self, weights: Mapping[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-        """Output, float32 [rows, seqlen, width], of the block on the *quantized* chain's input, with `weights` in place.
+        """Output on the *quantized* chain's input with `weights` in place, float32 [rows, seqlen, width].
 
         weights: by layer name, [out, in], any float dtype; a layer left out keeps its original weight.
         """
