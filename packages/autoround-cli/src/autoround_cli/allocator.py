@@ -11,7 +11,7 @@ import ctypes
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_LARGEST_MMAP_THRESHOLD = 32 * 2**20  # glibc refuses more
+_MMAP_THRESHOLD = 4 * 2**20  # tensors of a step are smaller, chains of states larger
 
 
 def keep_freed_memory() -> None:
@@ -22,5 +22,5 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # musl has no mallopt
         return
-    mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-    mallopt(_M_TRIM_THRESHOLD, 2**30)
+    mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
+    mallopt(_M_TRIM_THRESHOLD, 64 * 2**20)

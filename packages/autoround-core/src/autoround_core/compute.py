@@ -9,7 +9,7 @@ import torch
 
 T = TypeVar("T")
 # on a CPU what so many tokens leave behind stays near the caches; fewer cost time, more cost memory
-_CPU_TOKENS = 1024
+_CPU_TOKENS = 512
 
 
 class Compute:
