@@ -57,9 +57,9 @@ class ModelBlock(Block):
         self._originals = {
             site.name: site.read(parameters[path]) for path, group in self._paths.items() for site in group
         }
-        # gains and biases meet the float32 residual stream in float32: products of two dtypes take a slow
+        # gains and biases meet a float32 residual stream in float32: products of two dtypes take a slow
         # path, or none; matrices do so unless autocast takes them down
-        self._frozen = {
+        self._frozen = {} if native else {
             path: parameter.float()
             for path, parameter in parameters.items()
             if path not in self._paths and (parameter.dim() < 2 or not self._autocast)
