@@ -60,6 +60,7 @@ def test_quantize_tunes_and_reports(autoround, tmp_path, rows):
     assert [b["index"] for b in blocks] == list(range(6)) and all(b["loss_after"] <= b["loss_before"] for b in blocks)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["settings"]["iters"] == 2 and report["seed"] == 42
+    assert report["device"] == "cpu" and report["product_dtype"] in ("float32", "bfloat16")
     assert report["calibration"]["samples"] == 4 and report["calibration"]["tokens"] == 128
     assert len(report["calibration"]["sha256"]) == 64
     assert report["verification"]["auto_round"]["layers_equal"] == 42

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from autoround_cli.display import table
-from autoround_cli.options import parse_device, parse_dtype
+from autoround_cli.options import parse_dtype
 
 
 @click.command("eval")
@@ -28,7 +28,7 @@ def evaluate(checkpoint, reference, text, seqlen, windows, device, backend, dtyp
     from autoround_core.evaluation import evaluate as score
     from autoround_core.evaluation import evaluation_texts, load_for_evaluation, windows_of
 
-    options = dict(device=parse_device(device), dtype=parse_dtype(dtype), trust_remote_code=trust_remote_code)
+    options = dict(device=device, dtype=parse_dtype(dtype), trust_remote_code=trust_remote_code)
     texts = evaluation_texts(Path(text) if text else None)
     model, tokenizer = load_for_evaluation(checkpoint, backend=backend, **options)
     original = load_for_evaluation(reference, **options)[0] if reference else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from autoround_cli.display import table
-from autoround_cli.options import parse_device, parse_dtype
+from autoround_cli.options import parse_dtype
 from autoround_core.registry import get_registry
 
 
@@ -67,7 +67,7 @@ def backends(checkpoint: str | None, device: str, dtype: str) -> None:
     from autoround_core.loading import explain
 
     rows = []
-    for spec, count, replies in explain(checkpoint, device=parse_device(device), dtype=parse_dtype(dtype)):
+    for spec, count, replies in explain(checkpoint, device=device, dtype=parse_dtype(dtype)):
         what = f"{spec.scheme} {spec.out_features}x{spec.in_features} ({count} layers, such as {spec.name})"
         chosen = next((i for i, (_, reason) in enumerate(replies) if reason is None), len(replies))
         for i, (name, reason) in enumerate(replies):

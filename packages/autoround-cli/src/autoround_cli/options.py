@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from autoround_core.errors import UsageError, unknown_name
+from autoround_core.errors import unknown_name
 from autoround_core.scheme import MAX_BITS, MIN_BITS
 from autoround_core.settings import DEFAULT_RECIPE, RECIPES
 
@@ -53,7 +53,9 @@ _TUNING = [
         "several by commas; each may add :num=N :split=S :concat :apply_chat_template :system_prompt=TEXT."
         "  [default: NeelNanda/pile-10k]",
     ),
-    click.option("--amp/--no_amp", default=True, help="Matrix products in 16 bits while tuning.  [default: amp]"),
+    click.option(
+        "--amp/--no_amp", default=None, help="Matrix products in 16 bits while tuning.  [default: where faster]"
+    ),
 ]
 _RUN = [
     click.option(
@@ -90,15 +92,3 @@ def parse_dtype(name: str):
     if name not in DTYPES:
         raise unknown_name("dtype", name, DTYPES)
     return None if name == "auto" else getattr(torch, name)
-
-
-def parse_device(name: str):
-    """Raises UsageError for a device that torch does not know or that is not there."""
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device `{name}` cannot be used: {str(error).splitlines()[0]}") from None
-    return device

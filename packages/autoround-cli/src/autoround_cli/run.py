@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from autoround_cli.options import parse_device, parse_dtype
+from autoround_cli.options import parse_dtype
 
 
 @click.command()
@@ -24,7 +24,7 @@ def run(checkpoint, prompt, max_new_tokens, device, backend, dtype, chat, trust_
 
     model, tokenizer = load_for_evaluation(
         checkpoint,
-        device=parse_device(device),
+        device=device,
         backend=backend,
         dtype=parse_dtype(dtype),
         trust_remote_code=trust_remote_code,

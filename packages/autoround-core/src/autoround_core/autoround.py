@@ -12,7 +12,7 @@ import torch
 
 from autoround_core.adapter import ModelAdapter, ModelView
 from autoround_core.calibration import DEFAULT_DATASET, CalibrationSet, load_calibration
-from autoround_core.compute import Compute
+from autoround_core.compute import Compute, find_device, product_dtype
 from autoround_core.errors import UsageError, unknown_name
 from autoround_core.format import CheckpointContext, CheckpointFormat
 from autoround_core.output import OutputDirectory
@@ -59,8 +59,9 @@ class AutoRound:
     group_size, sym. recipe: best, base, light, opt_rtn, rtn; its numbers can be overridden by keyword:
     algorithm, iters, nsamples, seqlen, batch_size, gradient_accumulate_steps, lr, minmax_lr, seed.
     layer_config: {layer name or regular expression: scheme, 16, or {bits, group_size, sym}}. dataset: see
-    `load_calibration`. amp: matrix products in 16 bits while tuning. strict: a layer that the format cannot
-    store is an error; otherwise it stays in 16 bits and the plan says so.
+    `load_calibration`. amp: matrix products in 16 bits while tuning; None = where the device is faster at
+    them. strict: a layer that the format cannot store is an error; otherwise it stays in 16 bits and the plan
+    says so.
 
     Raises UsageError for anything that cannot be meant, before the model is loaded.
     """
@@ -81,7 +82,7 @@ class AutoRound:
         device_map: str | torch.device | None = None,
         low_gpu_mem_usage: bool = False,
         quant_lm_head: bool = False,
-        amp: bool = True,
+        amp: bool | None = None,
         strict: bool = True,
         trust_remote_code: bool = False,
         progress: Progress | None = None,
@@ -96,12 +97,13 @@ class AutoRound:
         self._algorithm = get_registry().algorithm(self._settings.algorithm)
         self._families = get_registry().number_families()
         self._dataset, self._tokenizer = dataset, tokenizer
-        self._device = _device(device if device is not None else device_map)
+        self._device = find_device(device if device is not None else device_map)
         self._low_gpu_mem_usage, self._amp, self._strict = low_gpu_mem_usage, amp, strict
         self._quant_lm_head, self._trust = quant_lm_head, trust_remote_code
         self._progress = progress or Progress()
         self._phases = Phases()
         self._outcomes: list[BlockOutcome] = []
+        self._products = torch.float32
         self._calibration: CalibrationSet | None = None
         self._loaded: torch.nn.Module | None = None
         self._path: Path | None = None
@@ -192,6 +194,8 @@ class AutoRound:
                 formats=[fmt.name for fmt in formats],
                 plan=plan,
                 settings=self._settings,
+                device=self._device,
+                products=self._products,
                 outcomes=self._outcomes,
                 calibration=self._calibration,
                 phases=self._phases,
@@ -249,9 +253,8 @@ class AutoRound:
         input_ids = self._calibrate() if self._algorithm.needs_data else None
         self._progress.phase("quantize")
         storage = torch.device("cpu") if self._low_gpu_mem_usage else self._device
-        compute = Compute(
-            self._device, storage, _compute_dtype(view.model.dtype, self._device, self._amp), self._settings.batch_size
-        )
+        self._products = product_dtype(view.model.dtype, self._device, self._amp)
+        compute = Compute(self._device, storage, self._products, self._settings.batch_size)
         driver = BlockDriver(view, plan, self._algorithm, self._families, self._settings, compute, self._progress)
         tuning = self._adapter.tuning(view.model, self._device)
         with self._phases.measure("quantize"), tuning:
@@ -298,20 +301,3 @@ class AutoRound:
                 check_finite(self._loaded)
                 self._view = self._adapter.view(self._loaded)
         return self._view
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    """Raises UsageError for a device that torch does not know or that is not there."""
-    try:
-        chosen = torch.device(device or "cpu")
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device `{device}` cannot be used: {str(error).splitlines()[0]}") from None
-    return chosen
-
-
-def _compute_dtype(model_dtype: torch.dtype, device: torch.device, amp: bool) -> torch.dtype:
-    """Of matrix products while tuning: bfloat16, float16 for a float16 model on an accelerator, float32 without amp."""
-    if not amp:
-        return torch.float32
-    return torch.float16 if model_dtype == torch.float16 and device.type != "cpu" else torch.bfloat16

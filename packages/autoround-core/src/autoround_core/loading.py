@@ -11,6 +11,7 @@ import torch
 
 from autoround_core.adapter import LinearSite, ModelAdapter, ModelView
 from autoround_core.backend import AUTO, select_backend
+from autoround_core.compute import find_device
 from autoround_core.errors import CheckpointError, UsageError
 from autoround_core.format import CheckpointFormat, CheckpointReader
 from autoround_core.recipe import LinearSpec
@@ -52,7 +53,7 @@ def load(
     backend: a backend's name, or "auto" for the fastest that takes each layer. dtype: of activations and of what
     is not quantized; None = as stored. Experts that Transformers keeps in one tensor are dequantized.
     """
-    path, device = Path(path), torch.device(device)
+    path, device = Path(path), find_device(device)
     found = find_format(path)
     adapter: ModelAdapter = get_registry().adapter(read_json(path / "config.json"))
     model = adapter.skeleton(path, trust_remote_code=trust_remote_code, dtype=dtype)
@@ -112,6 +113,7 @@ def explain(
     """For each kind of layer: an example, how many there are, and every backend's answer, best first."""
     from autoround_core.backend import answers
 
+    device = find_device(device)
     if not dtype.is_floating_point:
         raise UsageError(f"dtype must be a float type, got {dtype}")
     kinds: dict[tuple, tuple[LinearSpec, int]] = {}
@@ -121,7 +123,7 @@ def explain(
         kinds[key] = (kinds[key][0] if key in kinds else spec, kinds.get(key, (spec, 0))[1] + 1)
     backends = list(get_registry().backends().values())
     for spec, count in kinds.values():
-        replies = answers(backends, spec, torch.device(device), dtype)
+        replies = answers(backends, spec, device, dtype)
         yield spec, count, [(backend.name, reason) for backend, reason in replies]
 
 

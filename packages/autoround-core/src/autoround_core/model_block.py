@@ -100,14 +100,17 @@ class ModelBlock(Block):
 
     def gradients(self, weights: Mapping[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
         leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+        sums: dict[str, torch.Tensor] = {}
 
-        def differentiate(error: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            return torch.autograd.grad(error * _LOSS_FACTOR, list(leaves.values()), allow_unused=True)
+        def differentiate(error: torch.Tensor) -> None:
+            parts = torch.autograd.grad(error * _LOSS_FACTOR, list(leaves.values()), allow_unused=True)
+            # added at once, in float32: the gradients of all pieces would outweigh the block
+            for name, part in zip(leaves, parts, strict=True):
+                if part is not None:
+                    sums[name] = sums[name].add_(part) if name in sums else part.float()
 
-        pieces = self._map_errors(differentiate, leaves, rows)
-        # added in the order of the pieces, so that sums repeat to the bit
-        sums = {name: _sum(parts) for name, parts in zip(leaves, zip(*pieces, strict=True), strict=True)}
-        return {name: total for name, total in sums.items() if total is not None}
+        self._map_errors(differentiate, leaves, rows)
+        return sums
 
     def _map_errors(self, function: Callable[[torch.Tensor], T], weights, rows: torch.Tensor) -> list[T]:
         """[function(share of a piece in the mean square error over `rows`) for each piece]."""
@@ -200,15 +203,6 @@ class ModelBlock(Block):
         """Put dequantized weights into the module, in its own dtype."""
         for name, weight in weights.items():
             self._originals[name].copy_(weight)  # a view of the parameter
-
-
-def _sum(parts: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
-    """Sum in float32 of the parts that are there, None when none is."""
-    total = None
-    for part in parts:
-        if part is not None:
-            total = part.float() if total is None else total.add_(part)
-    return total
 
 
 class _InputSquares:

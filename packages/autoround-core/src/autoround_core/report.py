@@ -85,12 +85,14 @@ def build_report(
     formats: Sequence[str],
     plan: Plan,
     settings: TuningSettings,
+    device: torch.device,
+    products: torch.dtype,
     outcomes: Sequence[BlockOutcome],
     calibration: CalibrationSet | None,
     phases: Phases,
     verification: dict[str, Any],
 ) -> dict[str, Any]:
-    """The content of report.json."""
+    """The content of report.json. products: dtype of matrix products while tuning."""
     errors = {layer.layer.name: layer.relative_error for outcome in outcomes for layer in outcome.layers}
     layers = {}
     for row in plan.layers:
@@ -119,6 +121,8 @@ def build_report(
         "formats": list(formats),
         "settings": settings.asdict(),
         "seed": settings.seed,
+        "device": str(device),
+        "product_dtype": str(products).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "calibration": calibration_row(calibration),
