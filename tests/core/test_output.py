@@ -63,6 +63,17 @@ def test_a_failure_leaves_nothing_and_is_not_hidden(tmp_path, error):
     assert tree(tmp_path) == {}
 
 
+def test_a_failure_takes_the_directories_it_made_along_and_no_others(tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError), OutputDirectory(tmp_path / "mine" / "a" / "b" / "out"):
+        raise ValueError
+    assert list((tmp_path / "mine").iterdir()) == []
+    with pytest.raises(ValueError), OutputDirectory(tmp_path / "mine" / "a" / "b" / "out") as work:
+        (work.parent.parent / "somebody else's").touch()
+        raise ValueError
+    assert [path.name for path in (tmp_path / "mine" / "a").iterdir()] == ["somebody else's"]
+
+
 def test_a_failure_keeps_the_old_content(old, tmp_path):
     with pytest.raises(ZeroDivisionError), OutputDirectory(old, overwrite=True) as work:
         (work / "model").write_text("x")

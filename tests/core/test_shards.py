@@ -236,6 +236,12 @@ def test_an_index_without_a_weight_map(two, content):
         TensorFiles(two)
 
 
+def test_an_index_that_names_a_tensor_no_file_holds(two):
+    indexed(two, {"a": "model-00001-of-00002.safetensors", "z": "model-00002-of-00002.safetensors"})
+    with pytest.raises(CheckpointError, match=r"names tensor `z`, which no file holds"):
+        TensorFiles(two)
+
+
 @pytest.mark.parametrize("value", [7, None, ["model.safetensors"], {"x": 1}])
 def test_an_index_that_maps_to_something_else_than_a_name(two, value):
     indexed(two, {"a": "model-00001-of-00002.safetensors", "b": value})

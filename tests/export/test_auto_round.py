@@ -280,6 +280,13 @@ def test_entries_of_others_may_be_partial_and_may_be_regular_expressions(tmp_pat
     assert back == {name: layer.weight.digest() for name, layer in layers.items()}
 
 
+def test_a_broken_regular_expression_of_others_is_named(tmp_path):
+    save(tmp_path, context([W4]))
+    rewrite(tmp_path, extra_config={"layers.(0": {"bits": 8}})
+    with pytest.raises(CheckpointError, match=r"`layers.\(0`, which is no regular expression"):
+        FORMAT.read(tmp_path)
+
+
 def test_g_idx_of_others_is_no_part_of_the_rest(tmp_path):
     given = context([W4])
     save(tmp_path, given, rest=[("model.layers.0.fc.g_idx", torch.arange(64, dtype=torch.int32) // 32)])

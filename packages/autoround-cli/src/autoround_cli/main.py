@@ -18,8 +18,8 @@ def cli() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command; errors that a user can act on are one line on stderr and exit code 2 (usage) or 1."""
-    get_registry().add_commands(cli)
     try:
+        get_registry().add_commands(cli)
         # without standalone mode click returns the exit code of --help and raises everything else
         sys.exit(cli.main(argv, prog_name="autoround", standalone_mode=False) or 0)
     except AutoRoundError as error:

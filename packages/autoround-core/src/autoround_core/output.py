@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from autoround_core.errors import OutputError
@@ -34,6 +35,8 @@ class OutputDirectory:
             raise OutputError(f"output_dir `{final}` cannot be made: `{nearest}` is a file")
         if not os.access(nearest, os.W_OK):
             raise OutputError(f"output_dir `{final}` cannot be made: `{nearest}` is not writable")
+        # outermost last; what a failed run made goes with it
+        self._made = [parent for parent in self.final.parents if not parent.exists()]
         self._work = self.final.with_name(f".{self.final.name}.partial-{os.getpid()}")
 
     def __enter__(self) -> Path:
@@ -43,7 +46,7 @@ class OutputDirectory:
 
     def __exit__(self, kind, error, trace) -> None:
         if kind is not None:
-            shutil.rmtree(self._work, ignore_errors=True)
+            self._clean_up()
             return
         old = self.final.with_name(f".{self.final.name}.replaced-{os.getpid()}")
         shutil.rmtree(old, ignore_errors=True)
@@ -54,6 +57,12 @@ class OutputDirectory:
         except OSError as failure:
             if old.exists() and not self.final.exists():
                 old.rename(self.final)
-            shutil.rmtree(self._work, ignore_errors=True)
+            self._clean_up()
             raise OutputError(f"output_dir `{self.final}` cannot be put in place: {failure.strerror}") from failure
         shutil.rmtree(old, ignore_errors=True)
+
+    def _clean_up(self) -> None:
+        shutil.rmtree(self._work, ignore_errors=True)
+        with suppress(OSError):  # somebody else may have put something there
+            for parent in self._made:
+                parent.rmdir()

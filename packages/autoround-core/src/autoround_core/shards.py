@@ -82,6 +82,9 @@ class TensorFiles:
                     if name in self._file_of:
                         raise CheckpointError(f"tensor `{name}` is in both {self._file_of[name].name} and {path.name}")
                     self._file_of[name] = path
+        absent = [name for name in _weight_map(directory) or () if name not in self._file_of]
+        if absent:
+            raise CheckpointError(f"`{directory / INDEX}` names tensor `{absent[0]}`, which no file holds")
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -115,8 +118,8 @@ def weight_files(directory: Path) -> list[Path]:
 
     Raises CheckpointError when there are none, or the index names a file that is missing or lies elsewhere.
     """
-    index = directory / INDEX
-    if not index.is_file():
+    index, weight_map = directory / INDEX, _weight_map(directory)
+    if weight_map is None:
         if (directory / SINGLE).is_file():
             return [directory / SINGLE]
         if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
@@ -125,10 +128,6 @@ def weight_files(directory: Path) -> list[Path]:
                 "convert them to safetensors first: load the model with Transformers and call save_pretrained"
             )
         raise CheckpointError(f"`{directory}` holds no {SINGLE} and no {INDEX}")
-    content = read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"`{index}` has no weight_map")
     names = sorted({name if isinstance(name, str) else json.dumps(name) for name in weight_map.values()})
     for name in names:
         if Path(name).name != name or "\\" in name or "\0" in name or name in ("", ".", ".."):
@@ -136,6 +135,18 @@ def weight_files(directory: Path) -> list[Path]:
         if not (directory / name).is_file():
             raise CheckpointError(f"`{index}` names `{name}`, which is missing")
     return [directory / name for name in names]
+
+
+def _weight_map(directory: Path) -> dict[str, Any] | None:
+    """{tensor: file} as the index says, unchecked; None without an index."""
+    index = directory / INDEX
+    if not index.is_file():
+        return None
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"`{index}` has no weight_map")
+    return weight_map
 
 
 def read_json(path: Path) -> Any:

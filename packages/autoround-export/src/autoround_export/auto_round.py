@@ -11,7 +11,9 @@ The first two are the ones that engines have kernels for, so they are chosen whe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +132,7 @@ def quantization_config(context: CheckpointContext, packing_format: str) -> dict
         "packing_format": packing_format,
         **_scheme_entry(default, default),
         "block_name_to_quantize": ",".join(sorted({block.rpartition(".")[0] for block in context.blocks})),
-        "autoround_version": "autoround-export 0.1.0",
+        "autoround_version": f"autoround-export {version('autoround-export')}",
         "iters": settings.iters,
         "nsamples": settings.nsamples,
         "seqlen": settings.seqlen,
@@ -157,6 +159,7 @@ class _AutoRoundReader(CheckpointReader):
         self._layout = _PACKINGS[packing]
         self._default = {key: quantization[key] for key in _SCHEME_KEYS if key in quantization}
         self._extra: Mapping[str, Any] = quantization.get("extra_config") or {}
+        self._patterns = _patterns(self._extra)
         self._files = TensorFiles(directory)
         suffix = ".qweight"
         self._layers = [name.removesuffix(suffix) for name in self._files.names() if name.endswith(suffix)]
@@ -170,14 +173,21 @@ class _AutoRoundReader(CheckpointReader):
 
     def _entry(self, name: str) -> dict[str, Any]:
         """The layer's own keys: its exact name, else the first regular expression that matches, as vLLM reads them."""
-        import re
-
         entry = self._extra.get(name)
         if entry is None:
-            entry = next((value for key, value in self._extra.items()
-                          if set(key) & set("*+?^$()[]{}|\\") and re.search(key, name)), {})
+            entry = next((self._extra[pattern.pattern] for pattern in self._patterns if pattern.search(name)), {})
         return {key: entry[key] for key in _SCHEME_KEYS if key in entry}
 
     def rest(self) -> Iterator[tuple[str, torch.Tensor]]:
         owned = {f"{name}.{part}" for name in self._layers for part in (*self._layout.tensor_names, "g_idx", "bias")}
         return self._files.items([name for name in self._files.names() if name not in owned])
+
+
+def _patterns(keys: Iterable[str]) -> list[re.Pattern[str]]:
+    """The keys of extra_config that are regular expressions: those with a character that no layer name has."""
+    try:
+        return [re.compile(key) for key in keys if set(key) & set("*+?^$()[]{}|\\")]
+    except re.error as error:
+        raise CheckpointError(
+            f"extra_config names `{error.pattern}`, which is no regular expression: {error}"
+        ) from None
