@@ -25,7 +25,7 @@ ARROWS = {
 
 # rooms of core, the lowest first: a module imports from its own room and those below
 ROOMS = [
-    ["errors", "scheme", "settings", "progress", "corpus", "documents"],
+    ["errors", "scheme", "settings", "progress", "corpus", "documents", "fusing", "target"],
     ["recipe", "records", "bitpack", "affine", "shards"],
     ["family", "layout", "format", "backend", "algorithm", "adapter"],
     [
@@ -38,13 +38,14 @@ ROOMS = [
 ]
 
 PUBLIC = """
-AffineWeight Algorithm AutoRound AutoRoundError Backend Block BlockResult BlockView CalibrationError
+ActivationScheme AffineWeight Algorithm AutoRound AutoRoundError Backend Block BlockResult BlockView CalibrationError
 CalibrationSet CheckpointContext CheckpointError CheckpointFormat CheckpointReader CheckpointWriter Estimate
-Evaluation LayerPlan LinearSite LinearSpec ModelAdapter ModelError ModelView NonFiniteError NumberFamily
+Evaluation FloatWeight LayerPlan LinearSite LinearSpec ModelAdapter ModelError ModelView NonFiniteError NumberFamily
 OutputError Plan PluginError PluginRecord Progress QuantRecipe QuantScheme QuantizedLayer QuantizedWeight
-RECIPES Registry Run ShardWriter TensorFiles TensorLayout TunableWeight TuningSettings UnknownNameError
-UnsupportedError UsageError VerificationError evaluate get_registry hookimpl load load_calibration pack_bits
-packed_bytes parse_layer_config read_json select_backend tuning_settings unknown_name unpack_bits write_json
+RECIPES Registry Run ShardWriter Target TensorFiles TensorLayout TunableWeight TuningSettings UnknownNameError
+UnsupportedError UsageError Verdict VerificationError evaluate fused_layers get_registry hookimpl load
+load_calibration pack_bits packed_bytes parse_layer_config read_json select_backend tuning_settings unknown_name
+unpack_bits write_json
 """
 
 HOOKS = """

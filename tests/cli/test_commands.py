@@ -80,7 +80,7 @@ def test_underscores_and_hyphens_are_the_same(autoround):
 
 
 def test_plan_says_what_quantize_does(autoround, tmp_path):
-    config = '{"layers.0.": 16, "model.layers.1.mlp.down_proj": "W8G64", "v_proj": {"bits": 8}}'
+    config = '{"layers.0.": 16, "model.layers.1.mlp.down_proj": "W8G64", "o_proj": {"bits": 8}}'
     options = ["--model", TINY, "--recipe", "rtn", "--layer_config", config]
     plan = autoround("plan", *options)
     assert plan.code == 0, plan.err
@@ -89,7 +89,7 @@ def test_plan_says_what_quantize_does(autoround, tmp_path):
     assert planned["model.layers.0.self_attn.v_proj"][5] == "by layer_config"
     # codes of one byte; 256 rows of 8 groups, each with two bytes of scale and one of zero point
     assert planned["model.layers.1.mlp.down_proj"][2:5] == ["W8G64", f"{256 * 512 + 256 * 8 * 3:,}", "reference"]
-    assert planned["model.layers.5.self_attn.v_proj"][2] == "W8G128"
+    assert planned["model.layers.5.self_attn.o_proj"][2] == "W8G128"
     assert planned["model.layers.5.mlp.up_proj"][2:5] == ["W4G128", "68,096", "cpu_int4"]
     result = autoround("quantize", *options, "--output_dir", tmp_path / "out")
     assert result.code == 0, result.err

@@ -78,7 +78,7 @@ GOOD = record(QuantScheme(4, 32, False), 6, 80)
         ("codes", GOOD.codes.to(torch.int32), r"codes .* must be torch.uint8"),
         ("codes", GOOD.codes[:5], "scale .* must be torch.float16"),
         ("codes", GOOD.codes[:, :64], "scale .*(6, 2)"),
-        ("scale", GOOD.scale.float(), "scale .* must be torch.float16"),
+        ("scale", GOOD.scale.double(), "scale .* must be torch.float16"),
         ("scale", GOOD.scale[:, :2], "scale .*(6, 3)"),
         ("scale", GOOD.scale.T, "scale .*(6, 3)"),
         ("zero_point", GOOD.zero_point.to(torch.int8), "zero_point .* must be torch.uint8"),

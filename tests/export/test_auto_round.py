@@ -9,77 +9,21 @@ import torch
 from safetensors.torch import load_file
 
 from autoround_core import (
-    AffineWeight,
-    CheckpointContext,
     CheckpointError,
-    LinearSpec,
     QuantizedLayer,
-    QuantRecipe,
     QuantScheme,
-    TuningSettings,
     UnknownNameError,
     UsageError,
 )
 from autoround_export.auto_round import AutoRoundFormat
+from checkpoint_cases import CONFIG, W3A, W4, W4A, W8, context, quantization, record, spec
+from checkpoint_cases import save as save_as
 
-W4, W4A, W3A, W8 = (
-    QuantScheme(4, 32),
-    QuantScheme(4, 32, False),
-    QuantScheme(3, 32, False),
-    QuantScheme(8, -1),
-)
-CONFIG = {"model_type": "tiny", "hidden_size": 64, "torch_dtype": "bfloat16"}
 FORMAT = AutoRoundFormat()
 
 
-def spec(name, scheme, in_features=64, out_features=32):
-    return LinearSpec(name, in_features=in_features, out_features=out_features, scheme=scheme)
-
-
-def record(scheme, out_features=32, in_features=64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    grid, top = (out_features, scheme.groups(in_features)), 2**scheme.bits
-    zeros = torch.full(grid, top // 2) if scheme.sym else torch.randint(0, top, grid, generator=generator)
-    codes = torch.randint(0, top, (out_features, in_features), generator=generator)
-    scale = torch.randn(grid, generator=generator).to(torch.float16)
-    return AffineWeight(scheme, codes.to(torch.uint8), scale, zeros.to(torch.uint8))
-
-
-def context(schemes, default=W4, *, kept=(), blocks=("model.layers.0", "model.layers.1"), head=None):
-    """Layer `model.layers.<i>.fc` for each scheme, and lm_head where it is given."""
-    layers = [spec(f"model.layers.{i}.fc", scheme) for i, scheme in enumerate(schemes)]
-    if head:
-        layers.append(spec("lm_head", head))
-    return CheckpointContext(
-        config=CONFIG,
-        recipe=QuantRecipe(default),
-        layers=layers,
-        blocks=blocks,
-        kept=kept,
-        transposed=(),
-        dtype=torch.bfloat16,
-        settings=TuningSettings(iters=7, nsamples=3, seqlen=11),
-    )
-
-
 def save(directory, given, fmt=FORMAT, rest=()):
-    """Write random records for every layer; return them by name."""
-    writer, layers = fmt.open(directory, given), {}
-    for i, layer in enumerate(given.layers):
-        if layer.scheme is None:
-            writer.keep(f"{layer.name}.weight", torch.full((32, 64), float(i)).bfloat16())
-            continue
-        bias = torch.arange(32).bfloat16() if i == 0 else None
-        layers[layer.name] = QuantizedLayer(layer.name, record(layer.scheme, seed=i), bias)
-        writer.add(layers[layer.name])
-    for name, tensor in rest:
-        writer.keep(name, tensor)
-    writer.finish()
-    return layers
-
-
-def quantization(directory):
-    return json.loads((directory / "config.json").read_text())["quantization_config"]
+    return save_as(directory, given, fmt, rest)
 
 
 # --- the packing --------------------------------------------------------------------------------------------

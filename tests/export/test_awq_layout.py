@@ -141,7 +141,7 @@ def test_groups_must_divide_the_row(in_features, group_size):
         ({"qweight": torch.zeros(32, 3, dtype=torch.int32)}, "scale"),
         ({"qzeros": torch.zeros(2, 2, dtype=torch.int32)}, "cannot hold exactly 24 codes"),
         ({"qzeros": torch.zeros(1, 3, dtype=torch.int32)}, "zero_point"),
-        ({"scales": torch.zeros(2, 24, dtype=torch.bfloat16)}, "float16"),
+        ({"scales": torch.ones(2, 24, dtype=torch.float64)}, "float16"),
         ({"scales": torch.full((2, 24), float("inf"), dtype=torch.float16)}, "not finite"),
     ],
 )

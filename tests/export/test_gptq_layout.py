@@ -196,7 +196,7 @@ SYM, ASYM = QuantScheme(4, 32), QuantScheme(4, 32, False)
         ),  # twice the input features of the scales
         ({"qzeros": torch.zeros(2, 3, dtype=torch.int32)}, "cannot hold exactly 32 codes"),
         ({"qzeros": torch.zeros(3, 4, dtype=torch.int32)}, "zero_point"),
-        ({"scales": torch.zeros(2, 32)}, "float16"),
+        ({"scales": torch.ones(2, 32, dtype=torch.float64)}, "float16"),
         ({"scales": torch.zeros(1, 32, dtype=torch.float16)}, "scale"),
         ({"scales": torch.full((2, 32), float("nan"), dtype=torch.float16)}, "not finite"),
     ],

@@ -11,8 +11,10 @@ from typing import Any
 import click
 
 from autoround_core.errors import unknown_name
+from autoround_core.fusing import CHECK, FUSE_MODES
 from autoround_core.scheme import MAX_BITS, MIN_BITS
 from autoround_core.settings import DEFAULT_RECIPE, RECIPES
+from autoround_core.target import ANY, ENGINES
 
 _MODEL = [
     click.option("--model", required=True, help="Model directory, or an id on the hub."),
@@ -34,6 +36,12 @@ _SCHEME = [
         default=True,
         help="Refuse, or keep in 16 bits, layers that the format cannot store.  [default: strict]",
     ),
+]
+_ENGINE = [
+    click.option("--fuse", type=click.Choice(FUSE_MODES), default=CHECK, show_default=True,
+                 help="Different schemes in layers that engines run as one: refuse, raise to the widest, or allow."),
+    click.option("--target", default=ANY, show_default=True, metavar="ENGINE[:DEVICE]",
+                 help=f"Refuse what this engine cannot run: {', '.join(ENGINES)}, or any."),
 ]
 _TUNING = [
     click.option("--recipe", default=DEFAULT_RECIPE, show_default=True, help=f"One of {', '.join(RECIPES)}."),
@@ -68,7 +76,7 @@ _RUN = [
 
 def quantization_options(command: Callable) -> Callable:
     """All options that decide what happens to a model."""
-    for option in reversed([*_MODEL, *_SCHEME, *_TUNING, *_RUN]):
+    for option in reversed([*_MODEL, *_SCHEME, *_ENGINE, *_TUNING, *_RUN]):
         command = option(command)
     return command
 

@@ -59,6 +59,8 @@ def plan(format_: str, **options) -> None:
         f"model {result.original_bytes:,} -> {result.stored_bytes:,} bytes; "
         f"estimate {_duration(result.seconds)}, {result.memory_bytes / 2**30:.1f} GiB (rough)"
     )
+    for note in result.notes:
+        click.echo(f"note: {note}")
     sys.stdout.flush()
 
 

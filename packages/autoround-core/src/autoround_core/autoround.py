@@ -15,6 +15,7 @@ from autoround_core.calibration import DEFAULT_DATASET, CalibrationSet, load_cal
 from autoround_core.compute import Compute, find_device, product_dtype
 from autoround_core.errors import UsageError, unknown_name
 from autoround_core.format import CheckpointContext, CheckpointFormat
+from autoround_core.fusing import CHECK, FUSE_MODES
 from autoround_core.output import OutputDirectory
 from autoround_core.plan import Plan, make_plan
 from autoround_core.progress import Progress
@@ -26,6 +27,7 @@ from autoround_core.scheme import QuantScheme
 from autoround_core.settings import TuningSettings, tuning_settings
 from autoround_core.shards import write_json
 from autoround_core.source import check_source, copy_companions, find_model
+from autoround_core.target import ANY, Target
 from autoround_core.verify import PROBE_TOKENS, Expectation, check_forward, probe
 
 REPORT = "report.json"
@@ -61,7 +63,8 @@ class AutoRound:
     layer_config: {layer name or regular expression: scheme, 16, or {bits, group_size, sym}}. dataset: see
     `load_calibration`. amp: matrix products in 16 bits while tuning; None = where the device is faster at
     them. strict: a layer that the format cannot store is an error; otherwise it stays in 16 bits and the plan
-    says so.
+    says so. fuse: "check" refuses different schemes for layers that engines run as one, "promote" gives all of
+    them the widest, "off" lets them be. target: the engine to check the plan against, see `Target.parse`.
 
     Raises UsageError for anything that cannot be meant, before the model is loaded.
     """
@@ -84,10 +87,14 @@ class AutoRound:
         quant_lm_head: bool = False,
         amp: bool | None = None,
         strict: bool = True,
+        fuse: str = CHECK,
+        target: str = ANY,
         trust_remote_code: bool = False,
         progress: Progress | None = None,
         **settings: Any,
     ) -> None:
+        if fuse not in FUSE_MODES:
+            raise unknown_name("fuse mode", str(fuse), FUSE_MODES)
         names = [*inspect.signature(AutoRound).parameters, *TuningSettings.__dataclass_fields__]
         for name in settings:
             if name not in TuningSettings.__dataclass_fields__:
@@ -99,6 +106,7 @@ class AutoRound:
         self._dataset, self._tokenizer = dataset, tokenizer
         self._device = find_device(device if device is not None else device_map)
         self._low_gpu_mem_usage, self._amp, self._strict = low_gpu_mem_usage, amp, strict
+        self._fuse, self._target = fuse, Target.parse(target)
         self._quant_lm_head, self._trust = quant_lm_head, trust_remote_code
         self._progress = progress or Progress()
         self._phases = Phases()
@@ -154,6 +162,10 @@ class AutoRound:
             quant_lm_head=self._quant_lm_head,
             strict=self._strict,
             needs_data=self._algorithm.needs_data,
+            model_type=self._config.get("model_type"),
+            fuse=self._fuse,
+            target=self._target,
+            other_formats=list(get_registry().formats().values()),
         )
 
     # --- the run --------------------------------------------------------------------------------------------

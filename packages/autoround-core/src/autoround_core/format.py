@@ -18,6 +18,7 @@ from autoround_core.errors import UsageError
 from autoround_core.recipe import LinearSpec, QuantRecipe
 from autoround_core.records import QuantizedLayer
 from autoround_core.settings import TuningSettings
+from autoround_core.target import Target, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,8 @@ class CheckpointFormat(ABC):
     summary: str = ""
     stores_records: bool = True
     """Whether `read` gives back the records; False for a format that stores dequantized weights."""
+    fused: bool = False
+    """Whether its readers run q, k and v, gate and up, and the experts of a layer as one, see `fused_layers`."""
 
     def variant(self, text: str) -> CheckpointFormat:
         """The format spelled `name:text`. Raises UsageError unless the format has variants."""
@@ -85,6 +88,17 @@ class CheckpointFormat(ABC):
     @abstractmethod
     def why_not(self, spec: LinearSpec) -> str | None:
         """None if a layer of this size and scheme can be stored, otherwise the reason as one sentence."""
+
+    def why_not_together(self, specs: Sequence[LinearSpec]) -> str | None:
+        """None if these quantized layers fit into one checkpoint. Asked when each of them fits by itself."""
+        return None
+
+    def verdict(self, target: Target, specs: Sequence[LinearSpec]) -> Verdict:
+        """What the engine makes of a checkpoint of these layers, of which scheme None stays in 16 bits.
+
+        Asked only when the user named an engine.
+        """
+        return Verdict(f"it is not known to read format {self.name}")
 
     @abstractmethod
     def open(self, directory: Path, context: CheckpointContext) -> CheckpointWriter:

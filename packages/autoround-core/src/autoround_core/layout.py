@@ -13,10 +13,16 @@ from autoround_core.scheme import QuantScheme
 
 
 class TensorLayout(ABC):
-    """How one weight lies in a file. Pure: no file, no model, names without the layer's prefix."""
+    """How one weight lies in a file. Pure: no file, no model, names without the layer's prefix.
+
+    tensor_names: what is always there. optional_names: what some schemes or some writers add, and `unpack` takes.
+    input_scale_name: what the layer's `input_scale` is called beside them.
+    """
 
     name: str
     tensor_names: tuple[str, ...]
+    optional_names: tuple[str, ...] = ()
+    input_scale_name: str = "input_scale"
 
     @abstractmethod
     def why_not(self, spec: LinearSpec) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,8 +12,10 @@ from autoround_core.backend import Backend, answers
 from autoround_core.errors import UnsupportedError
 from autoround_core.family import NumberFamily
 from autoround_core.format import CheckpointFormat
+from autoround_core.fusing import CHECK, PROMOTE, disagreement, fused_layers, promote
 from autoround_core.recipe import LinearSpec, QuantRecipe
 from autoround_core.settings import TuningSettings
+from autoround_core.target import ANY_ENGINE, Target
 
 # effective multiply-add rates of a tuning run, floating-point operations per second; rough on purpose
 _CPU_RATE_PER_THREAD = 60e9
@@ -32,7 +34,7 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The answer for a whole model. estimate: seconds and bytes, rough."""
+    """The answer for a whole model. seconds, memory_bytes: rough. notes: what the target needs besides."""
 
     layers: tuple[LayerPlan, ...]
     kept: Mapping[str, str]
@@ -41,6 +43,7 @@ class Plan:
     linear_bits_per_weight: float
     seconds: float
     memory_bytes: int
+    notes: tuple[str, ...] = ()
 
     def quantized(self) -> dict[str, LinearSpec]:
         return {layer.spec.name: layer.spec for layer in self.layers if layer.spec.scheme is not None}
@@ -53,11 +56,17 @@ def make_plan(
     view: ModelView, recipe: QuantRecipe, settings: TuningSettings, *,
     formats: Sequence[CheckpointFormat], families: Mapping[str, NumberFamily], backends: Sequence[Backend],
     device: torch.device, dtype: torch.dtype, quant_lm_head: bool, strict: bool, needs_data: bool,
+    model_type: str | None = None, fuse: str = CHECK, target: Target = ANY_ENGINE,
+    other_formats: Sequence[CheckpointFormat] = (),
 ) -> Plan:
-    """Ask formats, number families and backends about every layer.
+    """Ask formats, number families, backends and the target about every layer.
+
+    fuse: what to do about layers that engines run as one and whose schemes differ: "check" refuses them, "promote"
+    gives all the widest, "off" lets them be. other_formats: those to recommend where the target refuses.
 
     Raises UnsupportedError when a format or family cannot take a layer, unless `strict` is false: then the layer
-    stays in 16 bits with the reason; and when lm_head is asked for but shares its weight with the embedding.
+    stays in 16 bits with the reason; when lm_head is asked for but shares its weight with the embedding; and when
+    the target cannot run what would be written.
     """
     sites = list(view.sites())
     if quant_lm_head:
@@ -68,6 +77,11 @@ def make_plan(
             raise UnsupportedError("this model has no linear lm_head; leave out --quant_lm_head")
         sites.append(view.head)
     schemes = recipe.resolve([site.name for site in sites])
+    # an engine is known to fuse, or the format is one of those that such engines read
+    fusing = fuse == PROMOTE or (fuse == CHECK and target.fuses and any(fmt.fused for fmt in formats))
+    groups = fused_layers(schemes, model_type) if fusing else {}
+    if fuse == PROMOTE:
+        schemes = promote(schemes, groups)
     layers = []
     for site in sites:
         spec = _spec(view, site, schemes[site.name])
@@ -81,7 +95,56 @@ def make_plan(
                 )
         spec = spec if not reason else _spec(view, site, None)
         layers.append(LayerPlan(spec, reason, _stored_bytes(spec, dtype), _backend(spec, backends, device)))
-    return _totals(view, layers, settings, device, dtype, needs_data)
+    layers = _fused(layers, groups, dtype, fuse)
+    specs = [layer.spec for layer in layers]
+    quantized = [spec for spec in specs if spec.scheme is not None]
+    for fmt in formats:
+        if reason := fmt.why_not_together(quantized):
+            raise UnsupportedError(f"format {fmt.name}: {reason}; change --layer_config or choose another format")
+    notes = _target_notes(target, specs, formats, other_formats)
+    return replace(_totals(view, layers, settings, device, dtype, needs_data), notes=notes)
+
+
+def _fused(
+    layers: list[LayerPlan], groups: Mapping[str, Sequence[str]], dtype: torch.dtype, fuse: str
+) -> list[LayerPlan]:
+    """The layers, once the parts of every fused layer agree. A part that a format refused keeps all in 16 bits."""
+    by_name = {layer.spec.name: layer for layer in layers}
+    for fused, members in groups.items():
+        reason = disagreement(fused, {member: by_name[member].spec.scheme for member in members})
+        if reason is None:
+            continue
+        if fuse != PROMOTE:
+            raise UnsupportedError(reason)
+        for member in members:
+            spec = replace(by_name[member].spec, scheme=None)
+            why = by_name[member].reason or f"part of `{fused}`, of which another part stays in 16 bits"
+            by_name[member] = LayerPlan(spec, why, _stored_bytes(spec, dtype), "torch")
+    return list(by_name.values())
+
+
+def _target_notes(
+    target: Target, specs: Sequence[LinearSpec], formats: Sequence[CheckpointFormat],
+    other_formats: Sequence[CheckpointFormat],
+) -> tuple[str, ...]:
+    """What the target needs besides; raises UnsupportedError when it cannot run a format of these layers."""
+    if target == ANY_ENGINE:
+        return ()
+    notes = []
+    for fmt in formats:
+        verdict = fmt.verdict(target, specs)
+        if verdict.refusal:
+            fitting = [other.name for other in other_formats if _runs(other, target, specs)]
+            hint = f"--format {' or '.join(fitting)} would work" if fitting else "no installed format would work"
+            raise UnsupportedError(f"{target} cannot run format {fmt.name}: {verdict.refusal}; {hint}")
+        notes += verdict.notes
+    return tuple(notes)
+
+
+def _runs(fmt: CheckpointFormat, target: Target, specs: Sequence[LinearSpec]) -> bool:
+    quantized = [spec for spec in specs if spec.scheme is not None]
+    storable = all(fmt.why_not(spec) is None for spec in quantized) and fmt.why_not_together(quantized) is None
+    return storable and fmt.stores_records and fmt.verdict(target, specs).refusal is None
 
 
 def _spec(view: ModelView, site: LinearSite, scheme) -> LinearSpec:

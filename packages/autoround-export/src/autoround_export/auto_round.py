@@ -12,12 +12,9 @@ The first two are the ones that engines have kernels for, so they are chosen whe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from autoround_core import (
     CheckpointContext,
@@ -26,25 +23,56 @@ from autoround_core import (
     CheckpointReader,
     CheckpointWriter,
     LinearSpec,
-    QuantizedLayer,
     QuantScheme,
-    ShardWriter,
-    TensorFiles,
+    Target,
     TensorLayout,
-    read_json,
+    Verdict,
     unknown_name,
-    write_json,
 )
 from autoround_export.awq_layout import AwqLayout
+from autoround_export.engines import Rule, anything, each, judge, marlin, marlin_groups, vllm_cpu, with_humming
 from autoround_export.gptq_layout import GptqLayout
+from autoround_export.packed import (
+    PROVIDER,
+    SCHEME_KEYS,
+    PackedReader,
+    PackedWriter,
+    quantization_of,
+    read_quantization,
+    scheme_from,
+)
 
+_METHOD = "auto-round"
 _PACKINGS: dict[str, TensorLayout] = {
     "auto_gptq": GptqLayout(zero_offset=1),
     "auto_awq": AwqLayout(),
     "gptqmodel": GptqLayout(zero_offset=0),
 }
 _PLAIN = "gptqmodel"  # the packing whose name on disk is just `auto_round`
-_SCHEME_KEYS = ("bits", "group_size", "sym", "data_type")
+
+
+
+
+def _vllm_xpu(spec: LinearSpec) -> str | None:
+    return None if spec.scheme.bits in (2, 4) else f"on XPU it runs 2 and 4 bits, got {spec.scheme}"
+
+
+_ENGINES: dict[str, dict[str, Rule]] = {
+    "auto_gptq": {
+        "transformers": anything,
+        "vllm:cuda": with_humming(marlin),
+        "vllm:cpu": each(vllm_cpu),
+        "vllm:xpu": each(_vllm_xpu),
+        "sglang:cuda": each(marlin),
+    },
+    "auto_awq": {
+        "transformers": anything,
+        "vllm:cuda": each(marlin_groups),
+        "vllm:cpu": each(vllm_cpu),
+        "sglang:cuda": each(marlin_groups),
+    },
+    _PLAIN: {"transformers": anything},
+}
 
 
 def _packing_format(packing: str) -> str:
@@ -55,6 +83,7 @@ class AutoRoundFormat(CheckpointFormat):
     """packing: one of `_PACKINGS`, or None to choose by the layers."""
 
     summary = "Transformers, vLLM, SGLang (quant_method auto-round)"
+    fused = True
 
     def __init__(self, packing: str | None = None) -> None:
         self.name = "auto_round" if packing is None else f"auto_round:{packing}"
@@ -80,41 +109,27 @@ class AutoRoundFormat(CheckpointFormat):
                 and all(layout.why_not(spec) is None for spec in quantized))
         )
 
+    def verdict(self, target: Target, specs: Sequence[LinearSpec]) -> Verdict:
+        return judge(_ENGINES[self.packing(specs)], target, specs)
+
     def open(self, directory: Path, context: CheckpointContext) -> CheckpointWriter:
-        return _AutoRoundWriter(directory, context, self.packing(context.layers))
+        packing = self.packing(context.layers)
+        quantization = quantization_config(context, _packing_format(packing))
+        return PackedWriter(directory, context, lambda _: _PACKINGS[packing], quantization, "quantization_config.json")
 
     def recognizes(self, directory: Path) -> bool:
-        config = directory / "config.json"
-        if not config.is_file():
-            return False
-        content = read_json(config)
-        quantization = content.get("quantization_config") if isinstance(content, dict) else None
-        return isinstance(quantization, dict) and quantization.get("quant_method") == "auto-round"
+        return quantization_of(directory, _METHOD) is not None
 
     def read(self, directory: Path) -> CheckpointReader:
-        return _AutoRoundReader(directory)
-
-
-class _AutoRoundWriter(CheckpointWriter):
-    def __init__(self, directory: Path, context: CheckpointContext, packing: str) -> None:
-        self._directory, self._context, self._packing = directory, context, packing
-        self._layout = _PACKINGS[packing]
-        self._shards = ShardWriter(directory)
-
-    def add(self, layer: QuantizedLayer) -> None:
-        for name, tensor in self._layout.pack(layer.weight).items():
-            self._shards.add(f"{layer.name}.{name}", tensor)
-        if layer.bias is not None:
-            self._shards.add(f"{layer.name}.bias", layer.bias)
-
-    def keep(self, name: str, tensor: torch.Tensor) -> None:
-        self._shards.add(name, tensor)
-
-    def finish(self) -> None:
-        self._shards.finish()
-        quantization = quantization_config(self._context, _packing_format(self._packing))
-        write_json(self._directory / "config.json", {**self._context.config, "quantization_config": quantization})
-        write_json(self._directory / "quantization_config.json", quantization)
+        quantization = read_quantization(directory, _METHOD)
+        packing = str(quantization.get("packing_format", "auto_round")).partition(":")[2] or _PLAIN
+        if packing not in _PACKINGS:
+            raise CheckpointError(
+                f"`{directory}` uses packing_format `{quantization['packing_format']}`; "
+                f"known: {', '.join(map(_packing_format, _PACKINGS))}"
+            )
+        layout, schemes = _PACKINGS[packing], _Schemes(quantization)
+        return PackedReader(directory, "qweight", lambda name: (layout, schemes.of(name)))
 
 
 def quantization_config(context: CheckpointContext, packing_format: str) -> dict[str, Any]:
@@ -132,7 +147,7 @@ def quantization_config(context: CheckpointContext, packing_format: str) -> dict
         "packing_format": packing_format,
         **_scheme_entry(default, default),
         "block_name_to_quantize": ",".join(sorted({block.rpartition(".")[0] for block in context.blocks})),
-        "autoround_version": f"autoround-export {version('autoround-export')}",
+        "autoround_version": PROVIDER,
         "iters": settings.iters,
         "nsamples": settings.nsamples,
         "seqlen": settings.seqlen,
@@ -143,51 +158,24 @@ def quantization_config(context: CheckpointContext, packing_format: str) -> dict
 def _scheme_entry(scheme: QuantScheme | None, default: QuantScheme) -> dict[str, Any]:
     if scheme is None:
         return {"bits": 16, "group_size": default.group_size, "sym": default.sym, "data_type": "float"}
-    return {key: getattr(scheme, key) for key in _SCHEME_KEYS}
+    return {key: getattr(scheme, key) for key in SCHEME_KEYS}
 
 
-class _AutoRoundReader(CheckpointReader):
-    def __init__(self, directory: Path) -> None:
-        self.config = read_json(directory / "config.json")
-        quantization = self.config["quantization_config"]
-        packing = str(quantization.get("packing_format", "auto_round")).partition(":")[2] or _PLAIN
-        if packing not in _PACKINGS:
+class _Schemes:
+    """The scheme of each layer: its exact name, else the first regular expression that matches, as vLLM reads them."""
+
+    def __init__(self, quantization: Mapping[str, Any]) -> None:
+        self._default = quantization
+        self._entries: Mapping[str, Any] = quantization.get("extra_config") or {}
+        try:
+            # a regular expression is a key with a character that no layer name has
+            self._patterns = [re.compile(key) for key in self._entries if set(key) & set("*+?^$()[]{}|\\")]
+        except re.error as error:
             raise CheckpointError(
-                f"`{directory}` uses packing_format `{quantization['packing_format']}`; "
-                f"known: {', '.join(map(_packing_format, _PACKINGS))}"
-            )
-        self._layout = _PACKINGS[packing]
-        self._default = {key: quantization[key] for key in _SCHEME_KEYS if key in quantization}
-        self._extra: Mapping[str, Any] = quantization.get("extra_config") or {}
-        self._patterns = _patterns(self._extra)
-        self._files = TensorFiles(directory)
-        suffix = ".qweight"
-        self._layers = [name.removesuffix(suffix) for name in self._files.names() if name.endswith(suffix)]
+                f"extra_config names `{error.pattern}`, which is no regular expression: {error}"
+            ) from None
 
-    def layers(self) -> Iterator[QuantizedLayer]:
-        for name in self._layers:
-            tensors = {part: self._files.get(f"{name}.{part}") for part in self._layout.tensor_names}
-            weight = self._layout.unpack(tensors, QuantScheme(**(self._default | self._entry(name))))
-            bias = self._files.get(f"{name}.bias") if f"{name}.bias" in self._files else None
-            yield QuantizedLayer(name, weight, bias)
-
-    def _entry(self, name: str) -> dict[str, Any]:
-        """The layer's own keys: its exact name, else the first regular expression that matches, as vLLM reads them."""
-        entry = self._extra.get(name)
-        if entry is None:
-            entry = next((self._extra[pattern.pattern] for pattern in self._patterns if pattern.search(name)), {})
-        return {key: entry[key] for key in _SCHEME_KEYS if key in entry}
-
-    def rest(self) -> Iterator[tuple[str, torch.Tensor]]:
-        owned = {f"{name}.{part}" for name in self._layers for part in (*self._layout.tensor_names, "g_idx", "bias")}
-        return self._files.items([name for name in self._files.names() if name not in owned])
-
-
-def _patterns(keys: Iterable[str]) -> list[re.Pattern[str]]:
-    """The keys of extra_config that are regular expressions: those with a character that no layer name has."""
-    try:
-        return [re.compile(key) for key in keys if set(key) & set("*+?^$()[]{}|\\")]
-    except re.error as error:
-        raise CheckpointError(
-            f"extra_config names `{error.pattern}`, which is no regular expression: {error}"
-        ) from None
+    def of(self, name: str) -> QuantScheme:
+        key = name if name in self._entries else next((p.pattern for p in self._patterns if p.search(name)), None)
+        entry = self._entries[key] if key is not None else {}
+        return scheme_from(self._default, entry, f"`{name}`")

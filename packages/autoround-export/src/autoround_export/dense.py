@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,9 @@ from autoround_core import (
     LinearSpec,
     QuantizedLayer,
     ShardWriter,
+    Target,
     TensorFiles,
+    Verdict,
     read_json,
     write_json,
 )
@@ -31,6 +33,11 @@ class DenseFormat(CheckpointFormat):
     def why_not(self, spec: LinearSpec) -> str | None:
         return None
 
+    def verdict(self, target: Target, specs: Sequence[LinearSpec]) -> Verdict:
+        if target.engine == "llamacpp":
+            return Verdict("it reads GGUF files only")
+        return Verdict(notes=("the weights are written in 16 bits: nothing is saved by this format",))
+
     def open(self, directory: Path, context: CheckpointContext) -> CheckpointWriter:
         return _DenseWriter(directory, context)
 
@@ -39,7 +46,7 @@ class DenseFormat(CheckpointFormat):
         if not config.is_file():
             return False
         content = read_json(config)
-        return isinstance(content, dict) and not content.get("quantization_config")
+        return isinstance(content, dict) and not (content.get("quantization_config") or content.get("quantization"))
 
     def read(self, directory: Path) -> CheckpointReader:
         return _DenseReader(directory)

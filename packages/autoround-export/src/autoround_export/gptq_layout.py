@@ -1,7 +1,8 @@
 """The GPTQ tensor layout: codes packed along the input features.
 
 qweight int32 [in*bits/32, out], qzeros int32 [groups, out*bits/32], scales float16 [groups, out]; dense
-little-endian bitstreams. Version 1 of the layout stores zero_point - 1, version 2 stores zero_point.
+little-endian bitstreams. Version 1 of the layout stores zero_point - 1, version 2 stores zero_point. Files of
+quant_method "gptq" add g_idx int32 [in], the group of each input feature.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ _WORD = 32
 
 
 class GptqLayout(TensorLayout):
-    """zero_offset: 1 for version 1 of the layout, 0 for version 2."""
+    """zero_offset: 1 for version 1 of the layout, 0 for version 2. A g_idx that reorders features is refused."""
 
     tensor_names = ("qweight", "qzeros", "scales")
+    optional_names = ("g_idx",)
 
-    def __init__(self, zero_offset: int) -> None:
+    def __init__(self, zero_offset: int, *, with_g_idx: bool = False) -> None:
         self.name = "gptq" if zero_offset else "gptq_v2"
-        self._zero_offset = zero_offset
+        self._zero_offset, self._with_g_idx = zero_offset, with_g_idx
 
     def why_not(self, spec: LinearSpec) -> str | None:
         assert spec.scheme is not None
@@ -38,11 +40,14 @@ class GptqLayout(TensorLayout):
     def pack(self, weight: AffineWeight) -> dict[str, torch.Tensor]:
         bits = weight.scheme.bits
         zeros = weight.zero_point.T.contiguous() - self._zero_offset
-        return {
+        tensors = {
             "qweight": pack_bits(weight.codes, bits).T.contiguous(),
             "qzeros": pack_bits(zeros, bits),
             "scales": weight.scale.T.contiguous(),
         }
+        if self._with_g_idx:
+            tensors["g_idx"] = _g_idx(weight.scheme, weight.shape[1])
+        return tensors
 
     def unpack(
         self, tensors: Mapping[str, torch.Tensor], scheme: QuantScheme, shape: tuple[int, int] | None = None
@@ -55,7 +60,7 @@ class GptqLayout(TensorLayout):
             raise CheckpointError(f"qweight holds {(out_features, in_features)} weights, {shape} were expected")
         try:
             zeros = unpack_bits(tensors["qzeros"], scheme.bits, out_features) + self._zero_offset
-            return AffineWeight(
+            weight = AffineWeight(
                 scheme=scheme,
                 codes=unpack_bits(tensors["qweight"].T, scheme.bits, in_features),
                 scale=tensors["scales"].T.contiguous(),
@@ -63,3 +68,10 @@ class GptqLayout(TensorLayout):
             ).check()
         except ValueError as error:
             raise CheckpointError(f"GPTQ tensors contradict {scheme}: {error}") from None
+        if "g_idx" in tensors and not torch.equal(tensors["g_idx"].int(), _g_idx(scheme, in_features)):
+            raise CheckpointError("g_idx assigns features to groups out of order (act order), which is not supported")
+        return weight
+
+
+def _g_idx(scheme: QuantScheme, in_features: int) -> torch.Tensor:
+    return torch.arange(in_features, dtype=torch.int32) // scheme.group_length(in_features)

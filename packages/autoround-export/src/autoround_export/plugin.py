@@ -7,7 +7,11 @@ from autoround_core.hookspecs import hookimpl
 
 @hookimpl
 def autoround_formats():
+    from autoround_export.auto_awq import AutoAwqFormat
+    from autoround_export.auto_gptq import AutoGptqFormat
     from autoround_export.auto_round import AutoRoundFormat
     from autoround_export.dense import DenseFormat
+    from autoround_export.llm_compressor import LlmCompressorFormat
+    from autoround_export.mlx import MlxFormat
 
-    return [AutoRoundFormat(), DenseFormat()]
+    return [AutoRoundFormat(), AutoGptqFormat(), AutoAwqFormat(), LlmCompressorFormat(), MlxFormat(), DenseFormat()]

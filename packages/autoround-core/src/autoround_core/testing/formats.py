@@ -50,7 +50,7 @@ class _Checkpoint:
 
 
 def check_format(fmt: CheckpointFormat, tmp_path: Path) -> Checked:
-    """Write and read a small checkpoint in each scheme that the format accepts, and one with two schemes.
+    """Write and read a small checkpoint in each scheme that the format accepts, and one with two if it takes both.
 
     tmp_path: an empty directory to write into.
     """
@@ -65,7 +65,11 @@ def check_format(fmt: CheckpointFormat, tmp_path: Path) -> Checked:
         refusals |= {answer for answer in answers if answer is not None}
     recipes = [QuantRecipe(scheme) for scheme in accepted]
     if len(accepted) > 1:
-        recipes.append(QuantRecipe(accepted[0], ((f"{_BLOCKS[0]}.mlp.down_proj", accepted[-1]),)))
+        mixed = QuantRecipe(accepted[0], ((f"{_BLOCKS[0]}.mlp.down_proj", accepted[-1]),))
+        quantized = [spec for spec in _make(mixed).context.layers if spec.scheme is not None]
+        reason = ask(what, fmt.why_not_together, quantized)
+        recipes += [] if reason else [mixed]
+        refusals |= {reason} - {None}
     for number, recipe in enumerate(recipes):
         directory = tmp_path / f"case-{number}"
         directory.mkdir()

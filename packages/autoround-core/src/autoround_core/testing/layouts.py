@@ -53,8 +53,10 @@ def _check_cell(layout: TensorLayout, scheme: QuantScheme, shape: tuple[int, int
     with doing(f"{what}: pack"):
         packed = layout.pack(weight)
     require(weight.digest() == before, f"{what}: pack changes the record it is given")
-    require(set(packed) == set(layout.tensor_names),
-            f"{what}: pack gives {sorted(packed)}, tensor_names says {sorted(layout.tensor_names)}")
+    required, known = set(layout.tensor_names), {*layout.tensor_names, *layout.optional_names}
+    require(required <= set(packed) <= known,
+            f"{what}: pack gives {sorted(packed)}, tensor_names says {sorted(required)}"
+            + (f" and optional_names {sorted(layout.optional_names)}" if layout.optional_names else ""))
     for name, tensor in packed.items():
         require(tensor.is_contiguous(), f"{what}: tensor `{name}` is not contiguous")
     again = layout.pack(weight)
