@@ -29,6 +29,7 @@ ROOMS = [
     ["recipe", "records", "bitpack", "affine", "shards"],
     ["family", "layout", "format", "backend", "algorithm", "adapter"],
     [
+        "activations", "float_grid", "float_family",
         "int_family", "rtn", "signround", "attention", "flow", "capture", "compute", "model_block", "calibration",
         "checkpoint_names", "structure", "causal_lm",
     ],

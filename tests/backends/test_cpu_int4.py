@@ -163,10 +163,10 @@ def test_what_it_takes():
     [
         (spec(QuantScheme(4, 32)), "cuda", BF16, "runs on cpu, not on cuda"),
         (spec(QuantScheme(4, 32)), "meta", BF16, "runs on cpu, not on meta"),
-        (spec(QuantScheme(3, 32)), "cpu", BF16, "needs 4-bit integers, got W3G32"),
-        (spec(QuantScheme(8, 32)), "cpu", BF16, "needs 4-bit integers, got W8G32"),
+        (spec(QuantScheme(3, 32)), "cpu", BF16, "needs 4-bit integers and inputs in 16 bits, got W3G32"),
+        (spec(QuantScheme(8, 32)), "cpu", BF16, "needs 4-bit integers and inputs in 16 bits, got W8G32"),
         (spec(QuantScheme(4, 32, data_type="mxfp")), "cpu", BF16, "needs 4-bit integers"),
-        (spec(None), "cpu", BF16, "needs 4-bit integers, got None"),
+        (spec(None), "cpu", BF16, "needs 4-bit integers and inputs in 16 bits, got None"),
         (spec(QuantScheme(4, 32)), "cpu", torch.float16, "needs bfloat16, got torch.float16"),
         (spec(QuantScheme(4, 32)), "cpu", torch.float32, "load with dtype=torch.bfloat16"),
         (spec(QuantScheme(4, 16)), "cpu", BF16, "group_size in (32, 64, 128, 256), got 16"),

@@ -138,9 +138,9 @@ def test_what_it_takes():
     [
         (spec(SCHEME), "cuda", BF16, "runs on cpu, not on cuda"),
         (spec(SCHEME), "meta", BF16, "runs on cpu, not on meta"),
-        (spec(QuantScheme(4, -1)), "cpu", BF16, "needs 8-bit integers, got W4G-1"),
+        (spec(QuantScheme(4, -1)), "cpu", BF16, "needs 8-bit integers and inputs in 16 bits, got W4G-1"),
         (spec(QuantScheme(8, -1, data_type="fp8")), "cpu", BF16, "needs 8-bit integers"),
-        (spec(None), "cpu", BF16, "needs 8-bit integers, got None"),
+        (spec(None), "cpu", BF16, "needs 8-bit integers and inputs in 16 bits, got None"),
         (spec(SCHEME), "cpu", torch.float16, "needs bfloat16, got torch.float16"),
         (spec(SCHEME), "cpu", torch.float32, "load with dtype=torch.bfloat16"),
         (

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from autoround_core.errors import UnsupportedError
 from autoround_core.int_family import IntFamily
-from autoround_core.scheme import QuantScheme
+from autoround_core.scheme import PRESETS, ActivationScheme, QuantScheme
 
 FAMILY = IntFamily()
 SCHEMES = st.builds(
@@ -289,5 +289,6 @@ def test_why_not():
     assert FAMILY.data_type == "int"
     for bits in range(2, 9):
         assert FAMILY.why_not(QuantScheme(bits, -1, False)) is None
-    reason = FAMILY.why_not(QuantScheme(activation=QuantScheme(8)))
-    assert reason is not None and "activations" in reason
+    assert FAMILY.why_not(PRESETS["INT8"]) is None
+    assert "all is INT8, got W4G128-A8intG-1" in FAMILY.why_not(QuantScheme(activation=ActivationScheme()))
+    assert "a row or a part of it" in FAMILY.why_not(QuantScheme(group_rows=2))

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoround_core.records import AffineWeight, QuantizedLayer, tensor_bytes
-from autoround_core.scheme import QuantScheme
+from autoround_core.records import AffineWeight, FloatWeight, QuantizedLayer, tensor_bytes
+from autoround_core.scheme import PRESETS, QuantScheme
 
 CASES = st.tuples(
     st.builds(
@@ -177,3 +177,69 @@ def test_tensor_bytes_are_row_major_whatever_the_strides(dtype):
 def test_a_layer_has_a_bias_or_none():
     assert QuantizedLayer("model.layers.0.mlp.up_proj", GOOD).bias is None
     assert QuantizedLayer("fc", GOOD, torch.ones(6)).bias.shape == (6,)
+
+
+# --- floats -------------------------------------------------------------------------------------------------
+
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+
+def float_weight(name, out_features=130, in_features=200, seed=0):
+    scheme = PRESETS[name]
+    generator = torch.Generator().manual_seed(seed)
+    grid = (scheme.row_groups(out_features), scheme.groups(in_features))
+    codes = torch.randint(0, 2**scheme.bits, (out_features, in_features), generator=generator)
+    codes[codes & 127 == 127] -= 1  # no number in E4M3
+    scale = torch.rand(grid, generator=generator) + 0.1
+    if scheme.data_type == "mx_fp":
+        scale = torch.randint(100, 140, grid, generator=generator).to(torch.uint8)
+    if scheme.data_type == "nv_fp":
+        scale = (scale * 400).to(torch.float8_e4m3fn)
+    extra = torch.tensor([737.5]) if scheme.data_type == "nv_fp" else None
+    return FloatWeight(scheme, codes.to(torch.uint8), scale, extra)
+
+
+@pytest.mark.parametrize("name", [name for name, scheme in PRESETS.items() if scheme.data_type != "int"])
+def test_floats_by_the_formula_in_float64(name):
+    weight = float_weight(name)
+    scheme, (out_features, in_features) = weight.scheme, weight.shape
+    rows = out_features if scheme.group_rows == -1 else scheme.group_rows
+    length = in_features if scheme.group_size == -1 else scheme.group_size
+    found = weight.dequantize(torch.float32)
+    for i, j in [(0, 0), (out_features - 1, in_features - 1), (127, 128), (64, 31), (5, 199)]:
+        code = int(weight.codes[i, j])
+        if scheme.bits == 4:
+            number = E2M1[code & 7] * (-1 if code & 8 else 1)
+        else:
+            sign, exponent, mantissa = code >> 7, code >> 3 & 15, code & 7
+            number = mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+            number = -number if sign else number
+        stored = weight.scale[i // rows, j // length]
+        scale = 2.0 ** (int(stored) - 127) if scheme.data_type == "mx_fp" else float(stored.float())
+        if scheme.data_type == "nv_fp":
+            scale /= 737.5
+        assert float(found[i, j]) == pytest.approx(number * scale, rel=2e-7)
+    assert weight.check() is weight
+    assert weight.to(torch.device("cpu")).digest() == weight.digest()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("MXFP4", {"scale": torch.ones(130, 7)}, "scale of MXFP4 must be torch.uint8"),
+        ("FP8_BLOCK", {"scale": torch.ones(130, 2)}, r"must be .*\(2, 2\), got"),
+        ("NVFP4", {"global_scale": None}, "global_scale belongs to nv_fp"),
+        ("FP8_STATIC", {"global_scale": torch.ones(1)}, "global_scale belongs to nv_fp"),
+        ("MXFP8", {"codes": torch.zeros(130, 200)}, "codes must be uint8"),
+    ],
+)
+def test_floats_that_contradict_their_scheme(name, change, says):
+    with pytest.raises(ValueError, match=says):
+        dataclasses.replace(float_weight(name), **change)
+
+
+def test_what_is_no_number_is_found():
+    with pytest.raises(ValueError, match="code 16 does not fit"):
+        dataclasses.replace(float_weight("MXFP4"), codes=torch.full((130, 200), 16).byte()).check()
+    with pytest.raises(ValueError, match="not finite"):
+        dataclasses.replace(float_weight("FP8_STATIC"), codes=torch.full((130, 200), 127).byte()).check()

@@ -76,7 +76,7 @@ def test_our_own_plugins_are_found_as_any_others():
     assert {"rtn", "opt_rtn", "signround"} <= get_registry().algorithms().keys()
     assert {"auto_round", "dense"} <= get_registry().formats().keys()
     assert get_registry().backends()["reference"].priority == 0
-    assert get_registry().number_families().keys() == {"int"}
+    assert get_registry().number_families().keys() == {"int", "fp", "mx_fp", "nv_fp"}
     assert get_registry() is get_registry()
 
 

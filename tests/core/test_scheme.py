@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoround_core.errors import UnknownNameError, UsageError
-from autoround_core.scheme import QuantScheme
+from autoround_core.scheme import PRESETS, ActivationScheme, QuantScheme
 
 SCHEMES = st.builds(
     QuantScheme,
@@ -146,3 +146,39 @@ def test_groups_cover_the_row_and_none_is_empty(scheme, in_features):
 )
 def test_stored_bits_count_codes_scales_and_zero_points(text, shape, bits):
     assert QuantScheme.parse(text).stored_bits(*shape) == bits
+
+
+# --- schemes that go by a name ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_name_is_read_and_printed(name):
+    assert str(PRESETS[name]) == name
+    assert QuantScheme.parse(f" {name.lower()} ") == PRESETS[name]
+
+
+def test_schemes_without_a_name_are_spelled_out():
+    assert str(QuantScheme(8, 64, data_type="fp", group_rows=64)) == "W8G64x64-fp"
+    odd = QuantScheme(4, 32, data_type="mx_fp", activation=ActivationScheme(8, "mx_fp", 32, False))
+    assert str(odd) == "W4G32-mx_fp-A8mx_fpG32-static"
+
+
+def test_only_fixed_scales_need_calibration():
+    assert {name for name, scheme in PRESETS.items() if scheme.activation and scheme.activation.calibrated} == {
+        "FP8_STATIC", "NVFP4"
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "bits"),
+    [("FP8_DYNAMIC", (3, 64), 3 * (64 * 8 + 32)), ("FPW8A16", (3, 64), 3 * 64 * 8 + 32),
+     ("FP8_BLOCK", (130, 200), 130 * 200 * 8 + 4 * 32), ("MXFP4", (3, 64), 3 * (64 * 4 + 2 * 8)),
+     ("NVFP4", (3, 64), 3 * (64 * 4 + 4 * 8)), ("INT8", (3, 64), 3 * (64 * 8 + 24))],
+)
+def test_stored_bits_of_named_schemes(name, shape, bits):
+    assert PRESETS[name].stored_bits(*shape) == bits
+
+
+def test_other_activations_are_refused_with_the_names_there_are():
+    with pytest.raises(UsageError, match="8-bit activations.*INT8, FP8_DYNAMIC"):
+        QuantScheme.parse("W4A8")

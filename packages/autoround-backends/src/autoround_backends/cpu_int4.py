@@ -30,8 +30,8 @@ class CpuInt4(Backend):
             return f"runs on cpu, not on {device.type}"
         if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
             return f"torch {torch.__version__} has no _weight_int4pack_mm_for_cpu; install torch>=2.6"
-        if scheme is None or scheme.data_type != "int" or scheme.bits != _BITS:
-            return f"needs 4-bit integers, got {scheme}"
+        if scheme is None or scheme.data_type != "int" or scheme.bits != _BITS or scheme.activation:
+            return f"needs 4-bit integers and inputs in 16 bits, got {scheme}"
         if dtype != torch.bfloat16:
             return f"needs bfloat16, got {dtype}; load with dtype=torch.bfloat16"
         if scheme.group_length(spec.in_features) not in GROUP_SIZES:

@@ -24,8 +24,8 @@ class CpuInt8(Backend):
             return f"runs on cpu, not on {device.type}"
         if not hasattr(torch.ops.aten, "_weight_int8pack_mm"):
             return f"torch {torch.__version__} has no _weight_int8pack_mm; install torch>=2.6"
-        if scheme is None or scheme.data_type != "int" or scheme.bits != 8:
-            return f"needs 8-bit integers, got {scheme}"
+        if scheme is None or scheme.data_type != "int" or scheme.bits != 8 or scheme.activation:
+            return f"needs 8-bit integers and inputs in 16 bits, got {scheme}"
         if dtype != torch.bfloat16:
             return f"needs bfloat16, got {dtype}; load with dtype=torch.bfloat16"
         if not scheme.sym or scheme.groups(spec.in_features) != 1:

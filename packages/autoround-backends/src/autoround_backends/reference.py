@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from autoround_core import Backend, LinearSpec, QuantizedLayer, QuantizedWeight
+from autoround_core import Backend, LinearSpec, QuantizedLayer, QuantizedWeight, get_registry
 
 
 class Reference(Backend):
@@ -25,6 +25,9 @@ class _DequantizedLinear(torch.nn.Module):
     def __init__(self, layer: QuantizedLayer, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self._weight: QuantizedWeight = layer.weight.to(device)
+        self._activation = layer.weight.scheme.activation
+        self._input_scale = None if layer.input_scale is None else layer.input_scale.to(device)
+        self._family = get_registry().number_families()[layer.weight.scheme.data_type] if self._activation else None
         self._dtype = dtype
         self.out_features, self.in_features = layer.weight.shape
         self.register_buffer("bias", None if layer.bias is None else layer.bias.to(device, dtype))
@@ -35,6 +38,8 @@ class _DequantizedLinear(torch.nn.Module):
         return self._weight.dequantize(self._dtype)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self._activation:
+            inputs = self._family.quantize_activation(inputs, self._activation, self._input_scale)
         return torch.nn.functional.linear(inputs, self.weight, self.bias)
 
     def extra_repr(self) -> str:

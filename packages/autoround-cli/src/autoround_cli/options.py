@@ -12,7 +12,7 @@ import click
 
 from autoround_core.errors import unknown_name
 from autoround_core.fusing import CHECK, FUSE_MODES
-from autoround_core.scheme import MAX_BITS, MIN_BITS
+from autoround_core.scheme import MAX_BITS, MIN_BITS, PRESETS
 from autoround_core.settings import DEFAULT_RECIPE, RECIPES
 from autoround_core.target import ANY, ENGINES
 
@@ -21,7 +21,8 @@ _MODEL = [
     click.option("--trust_remote_code", is_flag=True, help="Run code that the model brings along. Read it first."),
 ]
 _SCHEME = [
-    click.option("--scheme", help="Bits, group size and symmetry in one word: W4G128, W2G64-asym, W4A16."),
+    click.option("--scheme", help="Bits, group size and symmetry in one word: W4G128, W2G64-asym, W4A16; or one of "
+                                  f"{', '.join(PRESETS)}."),
     click.option("--bits", type=click.IntRange(MIN_BITS, MAX_BITS), help="Bits of a weight.  [default: 4]"),
     click.option("--group_size", type=int, help="Weights that share a scale; -1 = a whole row.  [default: 128]"),
     click.option("--sym/--asym", default=None, help="Fixed or free zero point.  [default: sym]"),

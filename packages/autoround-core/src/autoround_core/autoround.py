@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from autoround_core.activations import QuantizedInputs
 from autoround_core.adapter import ModelAdapter, ModelView
 from autoround_core.calibration import DEFAULT_DATASET, CalibrationSet, load_calibration
 from autoround_core.compute import Compute, find_device, product_dtype
@@ -112,6 +113,7 @@ class AutoRound:
         self._phases = Phases()
         self._outcomes: list[BlockOutcome] = []
         self._products = torch.float32
+        self._inputs = QuantizedInputs()
         self._calibration: CalibrationSet | None = None
         self._loaded: torch.nn.Module | None = None
         self._path: Path | None = None
@@ -262,12 +264,14 @@ class AutoRound:
 
     def _run(self, plan: Plan) -> Iterator[BlockOutcome]:
         view = self._get_view()
-        input_ids = self._calibrate() if self._algorithm.needs_data else None
+        input_ids = self._calibrate() if plan.needs_data else None
         self._progress.phase("quantize")
         storage = torch.device("cpu") if self._low_gpu_mem_usage else self._device
         self._products = product_dtype(view.model.dtype, self._device, self._amp)
         compute = Compute(self._device, storage, self._products, self._settings.batch_size)
-        driver = BlockDriver(view, plan, self._algorithm, self._families, self._settings, compute, self._progress)
+        driver = BlockDriver(
+            view, plan, self._algorithm, self._families, self._settings, compute, self._progress, self._inputs
+        )
         tuning = self._adapter.tuning(view.model, self._device)
         with self._phases.measure("quantize"), tuning:
             yield from driver.run(input_ids)
@@ -289,6 +293,8 @@ class AutoRound:
         if self._calibration is not None:
             tokens = self._calibration.input_ids[0, :PROBE_TOKENS]
         expected = probe(view.model, tokens)
+        with self._inputs.off():
+            dense_expected = probe(view.model, tokens)
         transposed = {site.name for site in view.sites() if site.transposed}
         if self._owns_model:
             # the loaded checkpoint needs the room; a model that the user passed in is not ours to drop
@@ -297,7 +303,8 @@ class AutoRound:
         rows = {}
         for fmt, folder in zip(formats, folders, strict=True):
             count = expectation.check_layers(fmt, folder, transposed)
-            difference = check_forward(fmt, folder, self._adapter, tokens, expected, trust_remote_code=self._trust)
+            wanted = expected if fmt.stores_records else dense_expected
+            difference = check_forward(fmt, folder, self._adapter, tokens, wanted, trust_remote_code=self._trust)
             rows[fmt.name] = {"layers_equal": count, "forward_difference": difference}
         return rows
 

@@ -7,9 +7,10 @@ from autoround_core.hookspecs import hookimpl
 
 @hookimpl
 def autoround_number_families():
+    from autoround_core.float_family import Fp, MxFp, NvFp
     from autoround_core.int_family import IntFamily
 
-    return [IntFamily()]
+    return [IntFamily(), Fp(), MxFp(), NvFp()]
 
 
 @hookimpl

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 
+from autoround_core.errors import UnsupportedError
 from autoround_core.records import QuantizedWeight
-from autoround_core.scheme import QuantScheme
+from autoround_core.scheme import ActivationScheme, QuantScheme
 
 
 class TunableWeight(ABC):
@@ -51,3 +53,32 @@ class NumberFamily(ABC):
     @abstractmethod
     def tunable(self, weight: torch.Tensor, scheme: QuantScheme) -> TunableWeight:
         """Parameters that start at `round_to_nearest`."""
+
+    def for_group(self, weights: Sequence[torch.Tensor]) -> NumberFamily:
+        """The family for layers that engines run as one, which may share a number; by itself, nothing is shared."""
+        return self
+
+    def input_scale(self, activation: ActivationScheme, greatest: torch.Tensor) -> torch.Tensor:
+        """float32 [1], what a calibrated activation stores; greatest: the largest |input| of the calibration set."""
+        raise UnsupportedError(f"number family {self.data_type} has no calibrated activations, got {activation}")
+
+    def quantize_activation(
+        self, inputs: torch.Tensor, activation: ActivationScheme, input_scale: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What a layer makes of its inputs [..., in], in their dtype; gradients pass straight through."""
+        raise UnsupportedError(f"number family {self.data_type} does not quantize activations, got {activation}")
+
+
+def straight_through(value: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+    """`quantized` forward, bit for bit; the gradient goes to `value`, of the same shape."""
+    return _StraightThrough.apply(value, quantized) if value.requires_grad else quantized
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value, quantized):
+        return quantized.view_as(quantized)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None

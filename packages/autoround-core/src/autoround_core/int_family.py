@@ -16,12 +16,14 @@ import torch
 
 from autoround_core import affine
 from autoround_core.errors import UnsupportedError
-from autoround_core.family import NumberFamily, TunableWeight
+from autoround_core.family import NumberFamily, TunableWeight, straight_through
 from autoround_core.records import AffineWeight
-from autoround_core.scheme import QuantScheme
+from autoround_core.scheme import PRESETS, ActivationScheme, QuantScheme
 
 # factors of the min-max scale tried by the search; above 1 for the side that the full range cuts off
 _SEARCH_FACTORS = [i / 100 for i in range(30, 122, 2)]
+
+_SMALLEST_INPUT = 1e-10  # keeps a token of zeros finite
 
 
 class IntFamily(NumberFamily):
@@ -30,9 +32,11 @@ class IntFamily(NumberFamily):
     data_type = "int"
 
     def why_not(self, scheme: QuantScheme) -> str | None:
-        if scheme.activation is not None:
-            return f"quantized activations ({scheme.activation}) are not supported for integer weights"
-        return None
+        if scheme.group_rows != 1:
+            return f"integers have a scale for a row or a part of it, got {scheme}"
+        if scheme.activation is None or scheme == PRESETS["INT8"]:
+            return None
+        return f"beside integers inputs stay in 16 bits, or all is INT8, got {scheme}"
 
     def round_to_nearest(self, weight: torch.Tensor, scheme: QuantScheme) -> AffineWeight:
         low, high = affine.weight_range(affine.to_groups(weight, scheme))
@@ -54,6 +58,15 @@ class IntFamily(NumberFamily):
 
     def tunable(self, weight: torch.Tensor, scheme: QuantScheme) -> TunableInt:
         return TunableInt(weight, scheme)
+
+    def quantize_activation(
+        self, inputs: torch.Tensor, activation: ActivationScheme, input_scale: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Symmetric, a scale for each token: greatest / 127."""
+        values = inputs.detach().float()
+        scale = values.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST_INPUT) / 127
+        codes = (values / scale).round_().clamp_(-128, 127)
+        return straight_through(inputs, codes.mul_(scale).to(inputs.dtype))
 
 
 def _candidates(low, high, scheme: QuantScheme):

@@ -192,11 +192,21 @@ class ModelBlock(Block):
     @torch.no_grad()
     def input_mean_square(self) -> dict[str, torch.Tensor]:
         with self._substituted({}) as tensors:
-            statistics = _InputSquares(self._module, self._paths, tensors, self._compute.device)
-            with statistics.watching():
-                self._map(lambda piece: self._run(self._hidden, piece), torch.arange(self.samples))
-        squares = statistics.mean_squares()
+            squares = self._watch_inputs(tensors).mean_squares()
         return {name: squares[name] for name in self.schemes}
+
+    @torch.no_grad()
+    def input_greatest(self) -> dict[str, torch.Tensor]:
+        """Greatest magnitude that enters each layer on the quantized chain's input, float32 []; 0 if nothing did."""
+        with self._substituted({}) as tensors:
+            greatest = self._watch_inputs(tensors).greatest
+        return {name: greatest[name] for name in self.schemes}
+
+    def _watch_inputs(self, tensors: Mapping[str, Any]) -> _InputStatistics:
+        statistics = _InputStatistics(self._module, self._paths, tensors, self._compute.device)
+        with statistics.watching():
+            self._map(lambda piece: self._run(self._hidden, piece), torch.arange(self.samples))
+        return statistics
 
     @torch.no_grad()
     def write_back(self, weights: Mapping[str, torch.Tensor]) -> None:
@@ -205,8 +215,8 @@ class ModelBlock(Block):
             self._originals[name].copy_(weight)  # a view of the parameter
 
 
-class _InputSquares:
-    """Sums the squares of what enters each layer: by hook, and for fused experts by watching F.linear."""
+class _InputStatistics:
+    """Squares and greatest magnitudes of what enters each layer: by hook, for fused experts by watching F.linear."""
 
     def __init__(
         self, module: torch.nn.Module, paths: Mapping[str, list[LinearSite]], tensors: Mapping[str, Any],
@@ -216,19 +226,25 @@ class _InputSquares:
         self._module, self._paths = module, paths
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
+        self.greatest: dict[str, torch.Tensor] = {}
         self._experts: dict[int, list[LinearSite]] = {}
         for path, sites in paths.items():
             for site in sites:
                 self._sums[site.name] = torch.zeros(site.in_features, device=device)
                 self._counts[site.name] = 0
+                self.greatest[site.name] = torch.zeros((), device=device)
             if sites[0].expert is not None:
                 groups = zip(tensors[path], by_expert(sites), strict=True)
                 self._experts |= {matrix.data_ptr(): group for matrix, group in groups}
 
     def add(self, sites: list[LinearSite], inputs: torch.Tensor) -> None:
         inputs = inputs.reshape(-1, inputs.shape[-1]).float()
+        if not len(inputs):
+            return
         squares = torch.linalg.vecdot(inputs, inputs, dim=0)
+        greatest = inputs.abs().max()
         for site in sites:
+            self.greatest[site.name] = torch.maximum(self.greatest[site.name], greatest)
             self._sums[site.name] += squares
             self._counts[site.name] += len(inputs)
 

@@ -34,7 +34,8 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The answer for a whole model. seconds, memory_bytes: rough. notes: what the target needs besides."""
+    """The answer for a whole model. seconds, memory_bytes: rough. needs_data: whether there is something to
+    calibrate. notes: what the target needs besides."""
 
     layers: tuple[LayerPlan, ...]
     kept: Mapping[str, str]
@@ -43,6 +44,7 @@ class Plan:
     linear_bits_per_weight: float
     seconds: float
     memory_bytes: int
+    needs_data: bool = True
     notes: tuple[str, ...] = ()
 
     def quantized(self) -> dict[str, LinearSpec]:
@@ -88,6 +90,8 @@ def make_plan(
         reason = "" if spec.scheme else "by layer_config"
         if spec.scheme:
             reason = _refusal(spec, formats, families)
+            if spec.scheme.activation and site is view.head:
+                reason = "the inputs of lm_head stay in 16 bits in every engine"
             if reason and strict:
                 raise UnsupportedError(
                     f"layer `{spec.name}` ({spec.out_features}x{spec.in_features}) cannot be {spec.scheme}: {reason}; "
@@ -101,6 +105,7 @@ def make_plan(
     for fmt in formats:
         if reason := fmt.why_not_together(quantized):
             raise UnsupportedError(f"format {fmt.name}: {reason}; change --layer_config or choose another format")
+    needs_data = needs_data or any(spec.scheme.activation and spec.scheme.activation.calibrated for spec in quantized)
     notes = _target_notes(target, specs, formats, other_formats)
     return replace(_totals(view, layers, settings, device, dtype, needs_data), notes=notes)
 
@@ -196,5 +201,5 @@ def _totals(view, layers: list[LayerPlan], settings: TuningSettings, device, dty
         stored_bytes=(everything - linear) * dtype.itemsize + linear_bytes,
         original_bytes=everything * dtype.itemsize,
         linear_bits_per_weight=8 * sum(layer.stored_bytes for layer in quantized) / max(1, weights),
-        seconds=operations / rate, memory_bytes=int(memory),
+        needs_data=needs_data, seconds=operations / rate, memory_bytes=int(memory),
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from autoround_core.activations import QuantizedInputs, families_of, shared_greatest
 from autoround_core.adapter import BlockView, ModelView
 from autoround_core.algorithm import Algorithm, BlockResult, Run
 from autoround_core.capture import PLAIN_CALL, BlockCall, capture, head_inputs
@@ -66,12 +67,15 @@ class BlockDriver:
 
     def __init__(
         self, view: ModelView, plan: Plan, algorithm: Algorithm, families: Mapping[str, NumberFamily],
-        settings: TuningSettings, compute: Compute, progress: Progress,
+        settings: TuningSettings, compute: Compute, progress: Progress, inputs: QuantizedInputs | None = None,
     ) -> None:
+        """inputs: collects the layers whose inputs are quantized."""
         self._view, self._algorithm, self._families = view, algorithm, families
         self._settings, self._compute, self._progress = settings, compute, progress
         self._sites = {site.name: site for site in (*view.sites(), *([view.head] if view.head else []))}
         self._schemes = {name: spec.scheme for name, spec in plan.quantized().items() if spec.scheme}
+        self._model_type = view.model.config.model_type
+        self._inputs = inputs or QuantizedInputs()
 
     def run(self, input_ids: torch.Tensor | None) -> Iterator[BlockOutcome]:
         """Yield each block as it is finished. input_ids: [samples, seqlen], None if the algorithm needs no data."""
@@ -106,7 +110,9 @@ class BlockDriver:
         home = next(view.module.parameters()).device
         view.module.to(self._compute.device)
         schemes = {site.name: self._schemes[site.name] for site in view.sites if site.name in self._schemes}
-        families = {name: self._families[scheme.data_type] for name, scheme in schemes.items()}
+        weights = {site.name: site.read(self._view.parameter(site).detach()) for site in view.sites
+                   if site.name in schemes}
+        families = families_of(schemes, weights, self._families, self._model_type)
         # logits are wide: no targets are kept of lm_head, and one sample runs at a time
         compute = self._compute.one_by_one() if last else self._compute
         block = ModelBlock(view.name, view.module, view.sites, call,
@@ -118,8 +124,11 @@ class BlockDriver:
             block.set_chains(original, quantized, targets_given=not last)
             if not last:
                 block.advance(original)
+        input_scales = self._quantize_inputs(block, view)
         result, before, after = self._tune(block, index)
-        layers = tuple(self._layer(block, name, weight) for name, weight in result.weights.items())
+        layers = tuple(
+            self._layer(block, name, weight, input_scales.get(name)) for name, weight in result.weights.items()
+        )
         block.write_back({layer.layer.name: layer.layer.weight.dequantize(torch.float32) for layer in layers})
         if quantized is not None and not last:
             block.advance(quantized)
@@ -127,6 +136,23 @@ class BlockDriver:
         outcome = BlockOutcome(view.name, layers, before, after, result.steps, result.best_step,
                                time.perf_counter() - start, result.notes)
         return outcome, (original, quantized)
+
+    def _quantize_inputs(self, block: ModelBlock, view: BlockView) -> dict[str, torch.Tensor]:
+        """From now on inputs pass through the activation schemes; the original chain is behind this block already.
+
+        Returns the `input_scale` of each layer that has one.
+        """
+        activations = {name: scheme.activation for name, scheme in block.schemes.items() if scheme.activation}
+        scales: dict[str, torch.Tensor] = {}
+        if any(activation.calibrated for activation in activations.values()):
+            greatest = shared_greatest(block.input_greatest(), block.schemes, self._model_type)
+            scales = {name: block.families[name].input_scale(activation, greatest[name])
+                      for name, activation in activations.items() if activation.calibrated}
+        for site in view.sites:
+            if site.name in activations and site.expert is None:
+                self._inputs.add(self._view.model.get_submodule(site.module), block.families[site.name],
+                                activations[site.name], scales.get(site.name))
+        return scales
 
     def _tune(self, block: ModelBlock, index: int):
         """(result, error of round-to-nearest, error of the result), errors on the validation slice."""
@@ -156,10 +182,14 @@ class BlockDriver:
         dense = {name: weight.dequantize(block.weights[name].dtype) for name, weight in weights.items()}
         return block.error(dense, block.validation)
 
-    def _layer(self, block: ModelBlock, name: str, weight: QuantizedWeight) -> LayerOutcome:
+    def _layer(
+        self, block: ModelBlock, name: str, weight: QuantizedWeight, input_scale: torch.Tensor | None
+    ) -> LayerOutcome:
         original = block.weights[name].float()
         error = torch.linalg.norm(weight.dequantize(torch.float32) - original)
         norm = torch.linalg.norm(original)
         bias = self._view.bias(self._sites[name])
-        layer = QuantizedLayer(name, weight.to(torch.device("cpu")), None if bias is None else bias.detach())
+        cpu = torch.device("cpu")
+        layer = QuantizedLayer(name, weight.to(cpu), None if bias is None else bias.detach(),
+                               None if input_scale is None else input_scale.to(cpu))
         return LayerOutcome(layer, float(error / norm) if norm > 0 else 0.0)

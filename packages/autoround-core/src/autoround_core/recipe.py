@@ -11,7 +11,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,5 +117,7 @@ def _entry(pattern: str, entry: Any, default: QuantScheme) -> QuantScheme | None
             raise unknown_name(f"key in the layer_config entry of `{pattern}`", key, _KEYS)
     if entry.get("bits", default.bits) == _KEEP_BITS:
         return None
-    values = {key: getattr(default, key) for key in _KEYS} | dict(entry)
-    return QuantScheme(**values)
+    if any(entry.get(key, getattr(default, key)) != getattr(default, key) for key in ("bits", "data_type")):
+        # what belongs to other numbers: an 8-bit layer among MXFP4 ones is no MXFP8
+        default = replace(default, activation=None, group_rows=1)
+    return replace(default, **entry)

@@ -117,7 +117,7 @@ class AffineWeight(QuantizedWeight):
 
 # E2M1, the four-bit float: sign << 3 | index into these
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_E8M0_BIAS = 127
+E8M0_BIAS = 127
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,10 +154,10 @@ class FloatWeight(QuantizedWeight):
 
     def check(self) -> FloatWeight:
         """The record itself. Raises ValueError when its numbers cannot be; for what comes from a file."""
-        if not all(bool(torch.isfinite(part.float()).all()) for part in (self._numbers(), self._scale())):
-            raise ValueError("a code or a scale is not finite")
         if self.scheme.bits < 8 and (self.codes >> self.scheme.bits).any():
             raise ValueError(f"code {int(self.codes.max())} does not fit into {self.scheme.bits} bits")
+        if not all(bool(torch.isfinite(part).all()) for part in (self._numbers(), self._scale())):
+            raise ValueError("a code or a scale is not finite")
         return self
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -180,7 +180,8 @@ class FloatWeight(QuantizedWeight):
     def _scale(self) -> torch.Tensor:
         """float32 [row groups, groups], the global scale included."""
         if self.scheme.data_type == "mx_fp":
-            return torch.exp2(self.scale.to(torch.float32) - _E8M0_BIAS)
+            ones = torch.ones(self.scale.shape, device=self.scale.device)
+            return torch.ldexp(ones, self.scale.to(torch.int32) - E8M0_BIAS)
         scale = self.scale.to(torch.float32)
         return scale if self.global_scale is None else scale / self.global_scale
 

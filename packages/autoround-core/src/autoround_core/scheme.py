@@ -35,6 +35,11 @@ class ActivationScheme:
     group_size: int = WHOLE_ROW
     dynamic: bool = True
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether the layer needs a number from calibration, its `input_scale`."""
+        return not self.dynamic or self.data_type == "nv_fp"
+
     def __str__(self) -> str:
         return f"A{self.bits}{self.data_type}G{self.group_size}" + ("" if self.dynamic else "-static")
 

@@ -32,7 +32,7 @@ class Expectation:
         self._dense: dict[str, str] = {}
 
     def add(self, layer: QuantizedLayer) -> None:
-        self._records[layer.name] = layer.weight.digest()
+        self._records[layer.name] = _layer_digest(layer)
         if self._dense_dtype is not None:
             self._dense[layer.name] = _digest(layer.weight.dequantize(self._dense_dtype))
 
@@ -41,7 +41,7 @@ class Expectation:
         reader = fmt.read(directory)
         found: dict[str, str] = {}
         if fmt.stores_records:
-            found = {layer.name: layer.weight.digest() for layer in reader.layers()}
+            found = {layer.name: _layer_digest(layer) for layer in reader.layers()}
             expected: Mapping[str, str] = self._records
         else:
             expected = self._dense
@@ -59,6 +59,10 @@ class Expectation:
         if unexpected := found.keys() - expected.keys():
             raise VerificationError(f"the saved {fmt.name} checkpoint holds an unexpected layer `{min(unexpected)}`")
         return len(found)
+
+
+def _layer_digest(layer: QuantizedLayer) -> str:
+    return layer.weight.digest() + ("" if layer.input_scale is None else _digest(layer.input_scale))
 
 
 def _digest(tensor: torch.Tensor) -> str:
