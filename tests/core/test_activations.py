@@ -84,13 +84,14 @@ def test_calibrated_scales(wide, tmp_path, name, stored, value):
         assert len(set(whole)) == 1
 
 
-def test_every_expert_has_a_scale_and_all_have_the_same(saved, tmp_path):
+def test_every_expert_has_a_scale_and_shares_it_with_those_of_its_kind(saved, tmp_path):
     source = saved("qwen3_moe")
     run(source, "FP8_STATIC").quantize_and_save(tmp_path / "out", "llm_compressor")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
-    scales = {float(tensor) for name, tensor in tensors.items()
-              if name.startswith("model.layers.0.") and ".experts." in name and name.endswith("input_scale")}
-    assert len(scales) == 1 and min(scales) > 0
+    scales = {kind: {float(tensor) for name, tensor in tensors.items() if name.startswith("model.layers.0.mlp.experts.")
+                     and name.endswith(f"{kind}_proj.input_scale")} for kind in ("gate", "up", "down")}
+    assert len(scales["gate"]) == len(scales["down"]) == 1 and scales["gate"] == scales["up"] != scales["down"]
+    assert min(scales["gate"] | scales["down"]) > 0
     counts = [sum(name.endswith(end) for name in tensors) for end in ("input_scale", "weight_scale")]
     assert counts[0] == counts[1] > 0
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from autoround_core.fusing import disagreement, fused_layers, promote, widest
+from autoround_core.fusing import disagreement, fused_layers, promote, sharing_layers, widest
 from autoround_core.scheme import QuantScheme
 
 W4, W4A, W8, W4G32 = QuantScheme(4, 64), QuantScheme(4, 64, False), QuantScheme(8, 64), QuantScheme(4, 32)
@@ -69,3 +69,11 @@ def test_many_experts_make_a_short_sentence():
     schemes = {f"m.experts.{i}.up_proj": W4 if i else None for i in range(64)}
     reason = disagreement("m.experts", schemes)
     assert '"m.experts.": 16 first' in reason and "and 60 more" in reason and len(reason) < 400
+
+
+def test_experts_share_numbers_by_what_meets_the_same_input():
+    names = [f"m.experts.{e}.{x}" for e in range(2) for x in ("w1", "w2", "w3")] + ["m.q_proj", "m.k_proj", "m.o_proj"]
+    assert sharing_layers(names) == [
+        ("m.experts.0.w1", "m.experts.0.w3", "m.experts.1.w1", "m.experts.1.w3"), ("m.experts.0.w2", "m.experts.1.w2"),
+        ("m.q_proj", "m.k_proj"),
+    ]  # fmt: skip

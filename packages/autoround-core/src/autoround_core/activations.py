@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from autoround_core.family import NumberFamily
-from autoround_core.fusing import fused_layers
+from autoround_core.fusing import sharing_layers
 from autoround_core.scheme import ActivationScheme, QuantScheme
 
 
@@ -51,7 +51,7 @@ def shared_greatest(
     So an expert that no token reached has that of the others.
     """
     result = dict(greatest)
-    for members in fused_layers(schemes, model_type).values():
+    for members in sharing_layers(schemes, model_type):
         result |= dict.fromkeys(members, torch.stack([greatest[member] for member in members]).max())
     return result
 
@@ -62,7 +62,7 @@ def families_of(
 ) -> dict[str, NumberFamily]:
     """The family of each layer; layers that engines run as one and are of one data type get one `for_group`."""
     result = {name: families[scheme.data_type] for name, scheme in schemes.items()}
-    for members in fused_layers(schemes, model_type).values():
+    for members in sharing_layers(schemes, model_type):
         if _alike(schemes[member].data_type for member in members):
             result |= dict.fromkeys(members, result[members[0]].for_group([weights[member] for member in members]))
     return result

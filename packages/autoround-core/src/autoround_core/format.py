@@ -66,6 +66,10 @@ class CheckpointReader(ABC):
     def layers(self) -> Iterator[QuantizedLayer]:
         """The quantized layers, one at a time."""
 
+    def layer_names(self) -> list[str]:
+        """Names of the quantized layers; to be overridden where they are known without reading the layers."""
+        return [layer.name for layer in self.layers()]
+
     @abstractmethod
     def rest(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of everything else."""

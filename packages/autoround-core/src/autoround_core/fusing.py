@@ -20,6 +20,8 @@ _PARTS = {
     "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
 }
+# what meets the same input in an expert
+_FIRST_OF_EXPERT = {"gate_proj": "gate_up", "up_proj": "gate_up", "w1": "gate_up", "w3": "gate_up"}
 # what a model type has besides, where the names alone would say too much elsewhere
 _PARTS_BY_TYPE = {
     "lfm2": {"w1": ("w1", "w3")},
@@ -42,6 +44,20 @@ def fused_layers(names: Iterable[str], model_type: str | None = None) -> dict[st
         elif leaf in whole_of:
             groups.setdefault(f"{parent}.{whole_of[leaf]}", []).append(name)
     return {fused: tuple(members) for fused, members in groups.items() if len(members) > 1}
+
+
+def sharing_layers(names: Iterable[str], model_type: str | None = None) -> list[tuple[str, ...]]:
+    """The layers that share one number where engines keep one for all: the parts of a fused layer.
+
+    Of the experts of a layer these are gate and up of all of them, and apart from those the matrices behind.
+    """
+    groups: dict[str, list[str]] = {}
+    for fused, members in fused_layers(names, model_type).items():
+        for member in members:
+            leaf = member.rpartition(".")[2]
+            kind = _FIRST_OF_EXPERT.get(leaf, leaf) if _EXPERTS in member else ""
+            groups.setdefault(f"{fused} {kind}", []).append(member)
+    return [tuple(members) for members in groups.values()]
 
 
 def widest(schemes: Sequence[QuantScheme | None]) -> QuantScheme | None:

@@ -113,7 +113,10 @@ def quantization_config(context: CheckpointContext) -> dict[str, Any]:
             layers.setdefault(spec.scheme, []).append(spec.name)
     # named layers first: the first group whose target matches counts, and "Linear" matches all
     groups = [(scheme, names) for scheme, names in layers.items() if scheme != default]
-    groups += [(default, [_LINEAR])] if default in layers else []
+    if default in layers:
+        inside = tuple(f"{block}." for block in context.blocks)
+        # lm_head is named: in vLLM it is not of that class
+        groups.append((default, [_LINEAR, *(name for name in layers[default] if not name.startswith(inside))]))
     formats = {layout_of(scheme).name for scheme in layers}
     quantized = {name for names in layers.values() for name in names}
     ignore = [spec.name for spec in context.layers if spec.scheme is None] + list(context.kept)

@@ -103,6 +103,9 @@ class PackedReader(CheckpointReader):
         self._files = TensorFiles(directory)
         self._layers = [name.removesuffix(f".{mark}") for name in self._files.names() if name.endswith(f".{mark}")]
 
+    def layer_names(self) -> list[str]:
+        return list(self._layers)
+
     def layers(self) -> Iterator[QuantizedLayer]:
         for name in self._layers:
             layout, scheme = self._lookup(name)
