@@ -34,7 +34,7 @@ ROOMS = [
         "checkpoint_names", "structure", "causal_lm",
     ],
     ["hookspecs", "registry", "builtin"],
-    ["plan", "source", "output", "quantize", "loading", "verify", "report", "evaluation", "autoround"],
+    ["plan", "source", "output", "quantize", "loading", "verify", "report", "evaluation", "conversion", "autoround"],
     ["testing"],
 ]
 
@@ -44,7 +44,7 @@ CalibrationSet CheckpointContext CheckpointError CheckpointFormat CheckpointRead
 Evaluation FloatWeight LayerPlan LinearSite LinearSpec ModelAdapter ModelError ModelView NonFiniteError NumberFamily
 OutputError Plan PluginError PluginRecord Progress QuantRecipe QuantScheme QuantizedLayer QuantizedWeight
 RECIPES Registry Run ShardWriter Target TensorFiles TensorLayout TunableWeight TuningSettings UnknownNameError
-UnsupportedError UsageError Verdict VerificationError evaluate fused_layers get_registry hookimpl load
+UnsupportedError UsageError Verdict VerificationError convert evaluate fused_layers get_registry hookimpl load
 load_calibration pack_bits packed_bytes parse_layer_config read_json select_backend tuning_settings unknown_name
 unpack_bits write_json
 """

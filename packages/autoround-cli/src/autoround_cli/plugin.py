@@ -7,10 +7,11 @@ from autoround_core.hookspecs import hookimpl
 
 @hookimpl(tryfirst=True)
 def autoround_commands(cli):
+    from autoround_cli.convert import convert
     from autoround_cli.evaluate import evaluate
     from autoround_cli.inspect import backends, formats, info, plugins
     from autoround_cli.quantize import plan, quantize
     from autoround_cli.run import run
 
-    for command in (quantize, plan, run, evaluate, info, plugins, formats, backends):
+    for command in (quantize, plan, convert, run, evaluate, info, plugins, formats, backends):
         cli.add_command(command)

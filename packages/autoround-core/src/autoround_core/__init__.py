@@ -16,6 +16,7 @@ _HOMES = {
     "backend": ("Backend", "select_backend"),
     "bitpack": ("pack_bits", "packed_bytes", "unpack_bits"),
     "calibration": ("CalibrationSet", "load_calibration"),
+    "conversion": ("convert",),
     "errors": (
         "AutoRoundError", "CalibrationError", "CheckpointError", "ModelError", "NonFiniteError", "OutputError",
         "PluginError", "UnknownNameError", "UnsupportedError", "UsageError", "VerificationError", "unknown_name",
