@@ -77,6 +77,12 @@ def test_the_trained_model_runs_with_our_kernels(quantized):
     assert tokens.shape == (1, 16)
 
 
+@pytest.mark.parametrize("scheme", ["FP8_BLOCK", "MXFP4", "MXFP8"])
+def test_floats_with_quantized_inputs(quantized, scheme):
+    directory = quantized(TINY, scheme=scheme)
+    assert torch.equal(logits(from_pretrained(directory)), logits(load(directory)))
+
+
 @pytest.mark.parametrize("name", ["gpt2", "opt", "starcoder2", "gemma2", "phi3"])
 def test_other_architectures(quantized, name):
     directory = quantized(name)

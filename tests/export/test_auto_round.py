@@ -15,8 +15,9 @@ from autoround_core import (
     UnknownNameError,
     UsageError,
 )
+from autoround_core.scheme import PRESETS
 from autoround_export.auto_round import AutoRoundFormat
-from checkpoint_cases import CONFIG, W3A, W4, W4A, W8, context, quantization, record, spec
+from checkpoint_cases import CONFIG, W3A, W4, W4A, W8, context, digests, quantization, record, rewrite, spec
 from checkpoint_cases import save as save_as
 
 FORMAT = AutoRoundFormat()
@@ -203,12 +204,6 @@ def test_the_rest_and_biases_come_back_as_they_were(tmp_path):
     assert reader.config["model_type"] == "tiny"
 
 
-def rewrite(directory, **values):
-    config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] |= values
-    (directory / "config.json").write_text(json.dumps(config))
-
-
 def test_entries_of_others_may_be_partial_and_may_be_regular_expressions(tmp_path):
     # as the other program writes them: only what differs, by name or by pattern; the exact name goes first
     layers = save(tmp_path, context([W4, W8, QuantScheme(2, 32)]))
@@ -297,3 +292,65 @@ def test_a_format_without_variants_says_so():
 
     with pytest.raises(UsageError, match="format `dense` has no variant `x`"):
         DenseFormat().variant("x")
+
+
+# --- floats -------------------------------------------------------------------------------------------------
+
+BLOCK, MX4, MX8 = (PRESETS[name] for name in ("FP8_BLOCK", "MXFP4", "MXFP8"))
+
+
+def float_context(*schemes, **options):
+    given = context([], schemes[0], **options)
+    given.layers.extend(spec(f"model.layers.{i}.fc", scheme, 256, 128) for i, scheme in enumerate(schemes))
+    return given
+
+
+@pytest.mark.parametrize(
+    ("schemes", "packing", "names"),
+    [
+        ((BLOCK, BLOCK), "auto_round:fp8", {"weight", "weight_scale_inv"}),
+        ((MX4, MX4), "auto_round:llm_compressor", {"weight_packed", "weight_scale"}),
+        ((MX8, MX4), "auto_round:llm_compressor", {"weight", "weight_packed", "weight_scale"}),
+    ],
+)
+def test_floats_have_packings_of_their_own(tmp_path, schemes, packing, names):
+    layers = save_as(tmp_path, float_context(*schemes), FORMAT)
+    assert quantization(tmp_path)["packing_format"] == packing
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert {name.rpartition(".")[2] for name in tensors} == names | {"bias"}
+    assert digests(FORMAT.read(tmp_path).layers()) == digests(layers.values())
+
+
+def test_what_engines_read_about_floats(tmp_path):
+    save_as(tmp_path, float_context(BLOCK, kept=["model.layers.0.gate"]), FORMAT)
+    config = quantization(tmp_path)
+    assert config.items() >= {
+        "bits": 8, "group_size": [128, 128], "sym": True, "data_type": "fp", "act_bits": 8, "act_data_type": "fp",
+        "act_group_size": 128, "act_sym": True, "act_dynamic": True, "fmt": "e4m3", "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    }.items()  # fmt: skip
+    assert config["extra_config"]["model.layers.0.gate"] == {
+        "bits": 16, "group_size": [128, 128], "sym": True, "data_type": "float", "act_bits": 16,
+    }  # fmt: skip
+
+
+def test_floats_that_are_refused_before_the_run():
+    assert FORMAT.why_not(spec("fc", BLOCK, 200, 100)) is None
+    for name in ("FP8_DYNAMIC", "FP8_STATIC", "NVFP4", "MXFP4A16"):
+        assert "the format llm_compressor has more schemes" in FORMAT.why_not(spec("fc", PRESETS[name]))
+    assert "inputs in 16 bits, not INT8" in FORMAT.why_not(spec("fc", PRESETS["INT8"]))
+    assert "MXFP4 and MXFP8, not W4G32" in FORMAT.variant("llm_compressor").why_not(spec("fc", W4))
+    assert FORMAT.why_not_together([spec("a", MX4), spec("b", MX8)]) is None
+    assert "got MXFP4 and W4G32" in FORMAT.why_not_together([spec("a", MX4), spec("b", W4)])
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [({"data_type": "int"}, "does not hold W4G32"), ({"act_bits": 16}, "does not hold MXFP4A16"),
+     ({"group_size": [128, 128]}, "contradict|does not hold")],
+)
+def test_floats_whose_configuration_cannot_be(tmp_path, values, says):
+    save_as(tmp_path, float_context(MX4), FORMAT)
+    rewrite(tmp_path, **values)
+    with pytest.raises(CheckpointError, match=says):
+        list(FORMAT.read(tmp_path).layers())

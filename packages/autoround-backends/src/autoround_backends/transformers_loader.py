@@ -19,6 +19,7 @@ import torch
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import AutoRoundConfig
 
 from autoround_core import (
     CheckpointError,
@@ -209,5 +210,13 @@ def _device(model: torch.nn.Module, path: str) -> torch.device:
     return torch.device("cpu")
 
 
+def _check(config: AutoRoundConfig) -> None:
+    """AutoRoundConfig.post_init, which knows no group sizes of blocks, [rows, features]."""
+    if not isinstance(config.group_size, list):
+        _check_numbers(config)
+
+
+# in place: Transformers asks whether what a user passes is of this class
+_check_numbers, AutoRoundConfig.post_init = AutoRoundConfig.post_init, _check
 for _method in METHODS:
     auto.AUTO_QUANTIZER_MAPPING[_method] = AutoRoundLoader

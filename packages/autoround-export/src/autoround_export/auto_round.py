@@ -1,10 +1,12 @@
 """Format `auto_round`: what Transformers, vLLM and SGLang read as quant_method "auto-round".
 
-Three packings of the same numbers (see docs/formats/auto_round.md):
+Five packings (see docs/formats/auto_round.md), one for a whole checkpoint:
 
-    auto_round:auto_gptq   every layer symmetric                GPTQ layout, zero_point - 1
-    auto_round:auto_awq    every layer 4-bit asymmetric         AWQ layout
-    auto_round             any other mixture                    GPTQ layout, zero_point as it is
+    auto_round:auto_gptq        every layer symmetric integers        GPTQ layout, zero_point - 1
+    auto_round:auto_awq         every layer 4-bit asymmetric          AWQ layout
+    auto_round                  any other mixture of integers         GPTQ layout, zero_point as it is
+    auto_round:fp8              FP8_BLOCK                             E4M3 with scales of blocks
+    auto_round:llm_compressor   MXFP4, MXFP8                          the layouts of compressed-tensors
 
 The first two are the ones that engines have kernels for, so they are chosen where the layers allow it.
 """
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from autoround_core import (
+    ActivationScheme,
     CheckpointContext,
     CheckpointError,
     CheckpointFormat,
@@ -29,7 +32,9 @@ from autoround_core import (
     Verdict,
     unknown_name,
 )
+from autoround_core.scheme import PRESETS
 from autoround_export.awq_layout import AwqLayout
+from autoround_export.compressed_layouts import FloatQuantized, layout_of
 from autoround_export.engines import Rule, anything, each, judge, marlin, marlin_groups, vllm_cpu, with_humming
 from autoround_export.gptq_layout import GptqLayout
 from autoround_export.packed import (
@@ -43,14 +48,31 @@ from autoround_export.packed import (
 )
 
 _METHOD = "auto-round"
-_PACKINGS: dict[str, TensorLayout] = {
+_LAYOUTS: dict[str, TensorLayout] = {
     "auto_gptq": GptqLayout(zero_offset=1),
     "auto_awq": AwqLayout(),
     "gptqmodel": GptqLayout(zero_offset=0),
+    "fp8": FloatQuantized("fp8", lambda scheme: scheme == PRESETS["FP8_BLOCK"], "weight_scale_inv"),
 }
+_MX = "llm_compressor"  # its layouts differ by bits
+_PACKINGS = (*_LAYOUTS, _MX)
+_MARKS = {"fp8": "weight_scale_inv", _MX: "weight_scale"}  # "qweight" of all others
 _PLAIN = "gptqmodel"  # the packing whose name on disk is just `auto_round`
 
 
+
+
+def _layout(packing: str, scheme: QuantScheme) -> TensorLayout:
+    layout = _LAYOUTS.get(packing) or layout_of(scheme)
+    assert layout is not None
+    return layout
+
+
+def _kind(scheme: QuantScheme) -> str:
+    """The packing of schemes that have one of their own, "" for integers."""
+    if scheme.data_type == "int":
+        return ""
+    return _MX if scheme.data_type == "mx_fp" and scheme.activation else "fp8"
 
 
 def _vllm_xpu(spec: LinearSpec) -> str | None:
@@ -72,6 +94,8 @@ _ENGINES: dict[str, dict[str, Rule]] = {
         "sglang:cuda": each(marlin_groups),
     },
     _PLAIN: {"transformers": anything},
+    "fp8": {"transformers": anything, "vllm:cuda": anything},
+    _MX: {"transformers": anything, "vllm:cuda": anything},
 }
 
 
@@ -95,15 +119,27 @@ class AutoRoundFormat(CheckpointFormat):
         return AutoRoundFormat(text)
 
     def why_not(self, spec: LinearSpec) -> str | None:
-        return _PACKINGS[self._packing or _PLAIN].why_not(spec)
+        assert spec.scheme is not None
+        packing = self._packing or _kind(spec.scheme) or _PLAIN
+        if packing == _MX and _kind(spec.scheme) != _MX:
+            return f"this packing stores MXFP4 and MXFP8, not {spec.scheme}"
+        reason = _layout(packing, spec.scheme).why_not(spec)
+        return f"{reason}; the format llm_compressor has more schemes" if reason and packing == "fp8" else reason
+
+    def why_not_together(self, specs: Sequence[LinearSpec]) -> str | None:
+        kinds = {_kind(spec.scheme): spec.scheme for spec in specs}
+        schemes = " and ".join(map(str, kinds.values()))
+        return None if len(kinds) < 2 else f"one packing serves all layers, got {schemes}"
 
     def packing(self, layers: Sequence[LinearSpec]) -> str:
         """The packing for these layers: the requested one, or the one with the most kernels that fits all."""
         if self._packing:
             return self._packing
         quantized = [spec for spec in layers if spec.scheme is not None]
+        if kinds := {_kind(spec.scheme) for spec in quantized} - {""}:
+            return kinds.pop()
         return next(
-            packing for packing, layout in _PACKINGS.items()
+            packing for packing, layout in _LAYOUTS.items()
             if packing == _PLAIN
             or (all(spec.scheme.sym == (packing == "auto_gptq") for spec in quantized)
                 and all(layout.why_not(spec) is None for spec in quantized))
@@ -115,7 +151,8 @@ class AutoRoundFormat(CheckpointFormat):
     def open(self, directory: Path, context: CheckpointContext) -> CheckpointWriter:
         packing = self.packing(context.layers)
         quantization = quantization_config(context, _packing_format(packing))
-        return PackedWriter(directory, context, lambda _: _PACKINGS[packing], quantization, "quantization_config.json")
+        return PackedWriter(directory, context, lambda scheme: _layout(packing, scheme), quantization,
+                            "quantization_config.json")
 
     def recognizes(self, directory: Path) -> bool:
         return quantization_of(directory, _METHOD) is not None
@@ -128,8 +165,15 @@ class AutoRoundFormat(CheckpointFormat):
                 f"`{directory}` uses packing_format `{quantization['packing_format']}`; "
                 f"known: {', '.join(map(_packing_format, _PACKINGS))}"
             )
-        layout, schemes = _PACKINGS[packing], _Schemes(quantization)
-        return PackedReader(directory, "qweight", lambda name: (layout, schemes.of(name)))
+        schemes = _Schemes(quantization)
+
+        def lookup(name: str) -> tuple[TensorLayout, QuantScheme]:
+            scheme = schemes.of(name)
+            if (packing == _MX) != (_kind(scheme) == _MX):
+                raise CheckpointError(f"packing_format `{_packing_format(packing)}` does not hold {scheme}")
+            return _layout(packing, scheme), scheme
+
+        return PackedReader(directory, _MARKS.get(packing, "qweight"), lookup)
 
 
 def quantization_config(context: CheckpointContext, packing_format: str) -> dict[str, Any]:
@@ -146,6 +190,7 @@ def quantization_config(context: CheckpointContext, packing_format: str) -> dict
         "quant_method": "auto-round",
         "packing_format": packing_format,
         **_scheme_entry(default, default),
+        **(_BLOCK_KEYS if _kind(default) == "fp8" else {}),
         "block_name_to_quantize": ",".join(sorted({block.rpartition(".")[0] for block in context.blocks})),
         "autoround_version": PROVIDER,
         "iters": settings.iters,
@@ -155,10 +200,38 @@ def quantization_config(context: CheckpointContext, packing_format: str) -> dict
     }
 
 
+# what vLLM wants to see beside blocks
+_BLOCK_KEYS = {"fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
 def _scheme_entry(scheme: QuantScheme | None, default: QuantScheme) -> dict[str, Any]:
     if scheme is None:
-        return {"bits": 16, "group_size": default.group_size, "sym": default.sym, "data_type": "float"}
-    return {key: getattr(scheme, key) for key in SCHEME_KEYS}
+        entry = {"bits": 16, "group_size": _group_size(default), "sym": default.sym, "data_type": "float"}
+        return entry | ({"act_bits": 16} if default.activation else {})
+    entry = {key: getattr(scheme, key) for key in SCHEME_KEYS} | {"group_size": _group_size(scheme)}
+    if activation := scheme.activation:
+        entry |= {
+            "act_bits": activation.bits, "act_data_type": activation.data_type, "act_group_size": activation.group_size,
+            "act_sym": True, "act_dynamic": activation.dynamic,
+        }  # fmt: skip
+    return entry
+
+
+def _group_size(scheme: QuantScheme) -> int | list[int]:
+    return scheme.group_size if scheme.group_rows == 1 else [scheme.group_rows, scheme.group_size]
+
+
+def _fields(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry with the fields of QuantScheme: the inverse of `_scheme_entry`."""
+    fields = dict(entry)
+    if isinstance(fields.get("group_size"), list) and len(fields["group_size"]) == 2:
+        fields["group_rows"], fields["group_size"] = fields["group_size"]
+    if (fields.get("act_bits") or 16) < 16:
+        fields["activation"] = ActivationScheme(
+            fields["act_bits"], fields.get("act_data_type", "int"), fields.get("act_group_size", -1),
+            fields.get("act_dynamic", True),
+        )
+    return fields
 
 
 class _Schemes:
@@ -178,4 +251,6 @@ class _Schemes:
     def of(self, name: str) -> QuantScheme:
         key = name if name in self._entries else next((p.pattern for p in self._patterns if p.search(name)), None)
         entry = self._entries[key] if key is not None else {}
-        return scheme_from(self._default, entry, f"`{name}`")
+        if not isinstance(entry, Mapping):
+            return scheme_from({}, entry, f"`{name}`")
+        return scheme_from(_fields({**self._default, **entry}), {}, f"`{name}`")

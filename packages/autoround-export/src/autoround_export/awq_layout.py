@@ -30,7 +30,7 @@ class AwqLayout(TensorLayout):
     def why_not(self, spec: LinearSpec) -> str | None:
         scheme = spec.scheme
         assert scheme is not None
-        if scheme.data_type != "int" or scheme.bits != BITS:
+        if scheme.data_type != "int" or scheme.bits != BITS or scheme.activation:
             return f"the AWQ layout stores 4-bit integers, not {scheme}"
         if spec.out_features % 8:
             return f"out_features must be divisible by 8, got {spec.out_features}"

@@ -113,7 +113,11 @@ class FloatQuantized(_Layout):
     [out, in/32] (E8M0) in the format mxfp8-quantized.
     """
 
-    tensor_names = ("weight", "weight_scale")
+    def __init__(self, name: str, takes: Callable[[QuantScheme], bool], scale: str = "weight_scale") -> None:
+        """scale: what the scales are called."""
+        super().__init__(name, takes)
+        self._scale = scale
+        self.tensor_names = ("weight", scale)
 
     def why_not(self, spec: LinearSpec) -> str | None:
         # a block at the border may be smaller
@@ -121,11 +125,11 @@ class FloatQuantized(_Layout):
 
     def pack(self, weight: FloatWeight) -> dict[str, torch.Tensor]:
         scale = weight.scale.reshape(1) if weight.scheme.group_rows < 0 else weight.scale
-        return {"weight": weight.codes.view(torch.float8_e4m3fn), "weight_scale": scale}
+        return {"weight": weight.codes.view(torch.float8_e4m3fn), self._scale: scale}
 
     def _unpack(self, tensors: Mapping[str, torch.Tensor], scheme: QuantScheme) -> FloatWeight:
         _require(tensors, "weight", torch.float8_e4m3fn)
-        scale = tensors["weight_scale"]
+        scale = tensors[self._scale]
         scale = scale.reshape(1, 1) if scheme.group_rows < 0 else scale
         return FloatWeight(scheme, tensors["weight"].view(torch.uint8), scale).check()
 

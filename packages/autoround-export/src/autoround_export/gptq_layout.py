@@ -28,8 +28,8 @@ class GptqLayout(TensorLayout):
 
     def why_not(self, spec: LinearSpec) -> str | None:
         assert spec.scheme is not None
-        if spec.scheme.data_type != "int":
-            return f"the GPTQ layout stores integers, not {spec.scheme.data_type}"
+        if spec.scheme.data_type != "int" or spec.scheme.activation:
+            return f"the GPTQ layout stores integers for inputs in 16 bits, not {spec.scheme}"
         if self._zero_offset and not spec.scheme.sym:
             return "this packing stores zero_point - 1, which an asymmetric zero_point of 0 does not survive"
         for what, size in (("in_features", spec.in_features), ("out_features", spec.out_features)):

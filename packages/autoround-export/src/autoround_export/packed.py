@@ -26,6 +26,7 @@ from autoround_core import (
 
 PROVIDER = f"autoround-export {version('autoround-export')}"
 SCHEME_KEYS = ("bits", "group_size", "sym", "data_type")
+_FIELDS = (*SCHEME_KEYS, "activation", "group_rows")
 
 
 def quantization_of(directory: Path, method: str) -> dict[str, Any] | None:
@@ -55,7 +56,7 @@ def scheme_from(default: Mapping[str, Any], entry: Any, whose: str) -> QuantSche
         if not isinstance(entry, Mapping):
             raise UsageError(f"expected an object of {', '.join(SCHEME_KEYS)}, got {entry!r}")
         merged = {**default, **entry}
-        return QuantScheme(**{key: merged[key] for key in SCHEME_KEYS if key in merged})
+        return QuantScheme(**{key: merged[key] for key in _FIELDS if key in merged})
     except UsageError as error:
         raise CheckpointError(f"the quantization_config of {whose} is not valid: {error}") from None
 
