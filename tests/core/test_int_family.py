@@ -292,3 +292,23 @@ def test_why_not():
     assert FAMILY.why_not(PRESETS["INT8"]) is None
     assert "all is INT8, got W4G128-A8intG-1" in FAMILY.why_not(QuantScheme(activation=ActivationScheme()))
     assert "a row or a part of it" in FAMILY.why_not(QuantScheme(group_rows=2))
+
+
+@settings(max_examples=60)
+@given(CASES)
+def test_positive_scales_hold_the_whole_range(case):
+    scheme, out_features, in_features, seed = case
+    generator = torch.Generator().manual_seed(seed)
+    weight, family = make_weight(out_features, in_features, generator), IntFamily(positive=True)
+    importance = torch.rand(in_features, generator=generator) + 0.01
+    nearest, searched = family.round_to_nearest(weight, scheme), family.search(weight, scheme, importance)
+    tunable = family.tunable(weight, scheme)
+    assert tunable.finish().digest() == nearest.digest()
+    if not scheme.sym:
+        assert nearest.digest() == FAMILY.round_to_nearest(weight, scheme).digest()
+        return
+    assert (nearest.scale > 0).all() and (searched.scale > 0).all()
+    # nothing is cut off: no weight is further than half a step away (and what float16 makes of the step)
+    step = nearest.scale.float().repeat_interleave(scheme.group_length(in_features), 1)[:, :in_features]
+    slack = step * (0.5 + 2 ** (scheme.bits - 11)) + 1e-6
+    assert ((nearest.dequantize(torch.float32) - weight).abs() <= slack).all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from safetensors.torch import load_file
 
 from autoround_core import AutoRound, UnknownNameError, UnsupportedError
 
@@ -94,6 +95,8 @@ def test_what_the_target_needs_besides_is_noted(saved):
 def test_unknown_modes_and_targets(saved):
     with pytest.raises(UnknownNameError, match="fuse mode `promot`.*promote"):
         plan(saved, fuse="promot")
+    with pytest.raises(UnknownNameError, match="scale sign `negative`"):
+        plan(saved, scale_sign="negative")
     with pytest.raises(UnknownNameError, match="target `vlm`"):
         plan(saved, target="vlm")
 
@@ -105,3 +108,9 @@ def test_what_was_promoted_is_what_is_saved(saved, tmp_path):
     dynamic = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["dynamic"]
     assert any("qkv_proj" in key and key.startswith("+:") for key in dynamic)
     assert any("gate_up_proj" in key and key.startswith("-:") for key in dynamic)
+
+
+def test_positive_scales_reach_the_checkpoint(saved, tmp_path):
+    AutoRound(saved("llama"), scheme="W4G32", recipe="rtn", scale_sign="positive").quantize_and_save(tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert all((tensor > 0).all() for name, tensor in tensors.items() if name.endswith(".scales"))

@@ -161,3 +161,17 @@ def test_a_configuration_that_cannot_be(tmp_path, values, says):
     rewrite(tmp_path, **values)
     with pytest.raises(CheckpointError, match=says):
         list(FORMAT.read(tmp_path).layers())
+
+
+def test_an_extra_tensor_of_a_layer_is_refused(tmp_path):
+    save(tmp_path, context([W4]), FORMAT)
+    retensor(tmp_path, **{f"{FIRST}.perm": torch.arange(64)})
+    with pytest.raises(CheckpointError, match=f"holds `{FIRST}.perm`, which the layout gptq has not"):
+        FORMAT.read(tmp_path).rest()
+
+
+def test_a_newer_version_is_refused(tmp_path):
+    save(tmp_path, context([W4]), FORMAT)
+    rewrite(tmp_path, format_version=2)
+    with pytest.raises(CheckpointError, match="format_version 2; this version of autoround-export reads up to 1"):
+        FORMAT.read(tmp_path)

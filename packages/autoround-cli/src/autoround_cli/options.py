@@ -12,7 +12,7 @@ import click
 
 from autoround_core.errors import unknown_name
 from autoround_core.fusing import CHECK, FUSE_MODES
-from autoround_core.scheme import MAX_BITS, MIN_BITS, PRESETS
+from autoround_core.scheme import MAX_BITS, MIN_BITS, PRESETS, SCALE_SIGNS
 from autoround_core.settings import DEFAULT_RECIPE, RECIPES
 from autoround_core.target import ANY, ENGINES
 
@@ -41,6 +41,8 @@ _SCHEME = [
 _ENGINE = [
     click.option("--fuse", type=click.Choice(FUSE_MODES), default=CHECK, show_default=True,
                  help="Different schemes in layers that engines run as one: refuse, raise to the widest, or allow."),
+    click.option("--scale_sign", type=click.Choice(SCALE_SIGNS), default=SCALE_SIGNS[0], show_default=True,
+                 help="Symmetric scales of integers: of either sign, or positive for kernels that want them so."),
     click.option("--target", default=ANY, show_default=True, metavar="ENGINE[:DEVICE]",
                  help=f"Refuse what this engine cannot run: {', '.join(ENGINES)}, or any."),
 ]

@@ -17,6 +17,7 @@ from autoround_core.compute import Compute, find_device, product_dtype
 from autoround_core.errors import UsageError, unknown_name
 from autoround_core.format import CheckpointContext, CheckpointFormat
 from autoround_core.fusing import CHECK, FUSE_MODES
+from autoround_core.int_family import IntFamily
 from autoround_core.output import OutputDirectory
 from autoround_core.plan import Plan, make_plan
 from autoround_core.progress import Progress
@@ -24,7 +25,7 @@ from autoround_core.quantize import BlockDriver, BlockOutcome, check_finite
 from autoround_core.recipe import parse_layer_config
 from autoround_core.registry import get_registry
 from autoround_core.report import Phases, build_report
-from autoround_core.scheme import QuantScheme
+from autoround_core.scheme import SCALE_SIGNS, QuantScheme
 from autoround_core.settings import TuningSettings, tuning_settings
 from autoround_core.shards import write_json
 from autoround_core.source import check_source, copy_companions, find_model
@@ -65,7 +66,8 @@ class AutoRound:
     `load_calibration`. amp: matrix products in 16 bits while tuning; None = where the device is faster at
     them. strict: a layer that the format cannot store is an error; otherwise it stays in 16 bits and the plan
     says so. fuse: "check" refuses different schemes for layers that engines run as one, "promote" gives all of
-    them the widest, "off" lets them be. target: the engine to check the plan against, see `Target.parse`.
+    them the widest, "off" lets them be. scale_sign: "positive" keeps symmetric scales of integers from being negative,
+    for kernels that want them so. target: the engine to check the plan against, see `Target.parse`.
 
     Raises UsageError for anything that cannot be meant, before the model is loaded.
     """
@@ -89,6 +91,7 @@ class AutoRound:
         amp: bool | None = None,
         strict: bool = True,
         fuse: str = CHECK,
+        scale_sign: str = "any",
         target: str = ANY,
         trust_remote_code: bool = False,
         progress: Progress | None = None,
@@ -96,6 +99,8 @@ class AutoRound:
     ) -> None:
         if fuse not in FUSE_MODES:
             raise unknown_name("fuse mode", str(fuse), FUSE_MODES)
+        if scale_sign not in SCALE_SIGNS:
+            raise unknown_name("scale sign", str(scale_sign), SCALE_SIGNS)
         names = [*inspect.signature(AutoRound).parameters, *TuningSettings.__dataclass_fields__]
         for name in settings:
             if name not in TuningSettings.__dataclass_fields__:
@@ -104,6 +109,8 @@ class AutoRound:
         self._settings = tuning_settings(recipe, **settings)
         self._algorithm = get_registry().algorithm(self._settings.algorithm)
         self._families = get_registry().number_families()
+        if scale_sign == "positive":
+            self._families = {**self._families, IntFamily.data_type: IntFamily(positive=True)}
         self._dataset, self._tokenizer = dataset, tokenizer
         self._device = find_device(device if device is not None else device_map)
         self._low_gpu_mem_usage, self._amp, self._strict = low_gpu_mem_usage, amp, strict

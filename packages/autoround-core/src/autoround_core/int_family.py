@@ -12,6 +12,8 @@ out by hand: autograd would keep a dozen temporaries of the weight's size for ev
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from autoround_core import affine
@@ -27,9 +29,24 @@ _SMALLEST_INPUT = 1e-10  # keeps a token of zeros finite
 
 
 class IntFamily(NumberFamily):
-    """`data_type` "int", 2 to 8 bits, any group size."""
+    """`data_type` "int", 2 to 8 bits, any group size.
+
+    positive: symmetric scales are never negative, for kernels that want them so; the larger side then need not be
+    the one with the extra code, and the error is a little larger.
+    """
 
     data_type = "int"
+
+    def __init__(self, *, positive: bool = False) -> None:
+        self._positive = positive
+
+    def _range(self, groups: torch.Tensor, scheme: QuantScheme) -> tuple[torch.Tensor, torch.Tensor]:
+        low, high = affine.weight_range(groups)
+        if not (self._positive and scheme.sym):
+            return low, high
+        # a range of which the lower side is the larger, and which still holds both
+        codes = 2 ** (scheme.bits - 1)
+        return -torch.maximum(-low, high * (codes / (codes - 1))), torch.zeros_like(high)
 
     def why_not(self, scheme: QuantScheme) -> str | None:
         if scheme.group_rows != 1:
@@ -39,16 +56,16 @@ class IntFamily(NumberFamily):
         return f"beside integers inputs stay in 16 bits, or all is INT8, got {scheme}"
 
     def round_to_nearest(self, weight: torch.Tensor, scheme: QuantScheme) -> AffineWeight:
-        low, high = affine.weight_range(affine.to_groups(weight, scheme))
+        low, high = self._range(affine.to_groups(weight, scheme), scheme)
         return affine.quantize(weight, scheme, *affine.scale_and_zero(low, high, scheme))
 
     def search(self, weight: torch.Tensor, scheme: QuantScheme, importance: torch.Tensor) -> AffineWeight:
         groups = affine.to_groups(weight, scheme)
         weights = affine.to_groups(importance.view(1, -1), scheme).to(groups.device)
-        low, high = affine.weight_range(groups)
+        low, high = self._range(groups, scheme)
         best_scale, best_zero = affine.scale_and_zero(low, high, scheme)
         best_error = _weighted_error(groups, weights, best_scale, best_zero, scheme.bits)
-        for scale, zero_point in _candidates(low, high, scheme):
+        for scale, zero_point in _candidates(low, high, scheme, both_signs=not self._positive):
             error = _weighted_error(groups, weights, scale, zero_point, scheme.bits)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
@@ -57,7 +74,7 @@ class IntFamily(NumberFamily):
         return affine.quantize(weight, scheme, best_scale, best_zero)
 
     def tunable(self, weight: torch.Tensor, scheme: QuantScheme) -> TunableInt:
-        return TunableInt(weight, scheme)
+        return TunableInt(weight, scheme, self._range)
 
     def quantize_activation(
         self, inputs: torch.Tensor, activation: ActivationScheme, input_scale: torch.Tensor | None
@@ -69,15 +86,15 @@ class IntFamily(NumberFamily):
         return straight_through(inputs, codes.mul_(scale).to(inputs.dtype))
 
 
-def _candidates(low, high, scheme: QuantScheme):
-    """Yield (scale, zero_point) pairs, [out, groups]: shrunk ranges, for sym of either sign."""
+def _candidates(low, high, scheme: QuantScheme, *, both_signs: bool):
+    """Yield (scale, zero_point) pairs, [out, groups]: shrunk ranges, for sym of either sign if `both_signs`."""
     for factor in _SEARCH_FACTORS:
         try:
             scale, zero_point = affine.scale_and_zero(low * factor, high * factor, scheme)
         except UnsupportedError:  # a stretched range may need a scale that float16 cannot hold
             continue
         yield scale, zero_point
-        if scheme.sym:
+        if scheme.sym and both_signs:
             yield -scale, zero_point
 
 
@@ -92,11 +109,12 @@ def _weighted_error(groups, weights, scale, zero_point, bits: int) -> torch.Tens
 class TunableInt(TunableWeight):
     """A weight with the tuned parameters V (`rounding`) and a, c (`ranges`) of this module's formulas."""
 
-    def __init__(self, weight: torch.Tensor, scheme: QuantScheme) -> None:
+    def __init__(self, weight: torch.Tensor, scheme: QuantScheme, range_of: Callable[..., tuple]) -> None:
+        """range_of: (groups, scheme) to the (low, high) of each group."""
         self._scheme = scheme
         self._in_features = weight.shape[1]
         self._groups = affine.to_groups(weight, scheme)
-        self._low, self._high = affine.weight_range(self._groups)
+        self._low, self._high = range_of(self._groups, scheme)
         self.rounding = torch.zeros_like(self._groups, requires_grad=True)
         ones = torch.ones_like(self._low)
         self.ranges = (ones.clone().requires_grad_(), ones.clone().requires_grad_())

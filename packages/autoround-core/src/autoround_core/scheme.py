@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from autoround_core.errors import UsageError, unknown_name
 
 MIN_BITS, MAX_BITS = 2, 8
+SCALE_SIGNS = ("any", "positive")
 WHOLE_ROW = -1
 _SPELLING = re.compile(
     r"W(?P<bits>\d+)(?:A(?P<activation>\d+))?(?:G(?P<group>-?\d+))?(?:-(?P<symmetry>a?sym))?", re.IGNORECASE

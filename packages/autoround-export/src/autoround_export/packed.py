@@ -26,6 +26,7 @@ from autoround_core import (
 
 PROVIDER = f"autoround-export {version('autoround-export')}"
 SCHEME_KEYS = ("bits", "group_size", "sym", "data_type")
+_NEWEST = 1  # format_version, of which there is no second yet
 _FIELDS = (*SCHEME_KEYS, "activation", "group_rows")
 
 
@@ -44,6 +45,9 @@ def read_quantization(directory: Path, method: str) -> dict[str, Any]:
     quantization = quantization_of(directory, method)
     if quantization is None:
         raise CheckpointError(f"`{directory}` holds no checkpoint of quant_method {method}")
+    if quantization.get("format_version", _NEWEST) > _NEWEST:
+        raise CheckpointError(f"`{directory}` has format_version {quantization['format_version']}; this version of "
+                              f"autoround-export reads up to {_NEWEST}")
     return quantization
 
 
@@ -129,7 +133,11 @@ class PackedReader(CheckpointReader):
             f"{name}.{part}" for name, layout in layouts.items()
             for part in (*self._parts(name, layout), "bias", layout.input_scale_name)
         }
-        return self._files.items([name for name in self._files.names() if name not in owned])
+        rest = [name for name in self._files.names() if name not in owned]
+        for name in rest:
+            if layout := layouts.get(name.rpartition(".")[0]):
+                raise CheckpointError(f"`{self._directory}` holds `{name}`, which the layout {layout.name} has not")
+        return self._files.items(rest)
 
     def _optional(self, name: str) -> torch.Tensor | None:
         return self._files.get(name) if name in self._files else None
