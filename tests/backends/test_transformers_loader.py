@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import autoround_backends  # noqa: F401  registers the loader
 from autoround_backends.transformers_loader import AutoRoundLoader
-from autoround_core import AutoRound, CheckpointError, TensorFiles, load
+from autoround_core import AutoRound, CheckpointError, TensorFiles, UnsupportedError, load
 from checkpoint_cases import rewrite
 from tiny_models import token_ids
 
@@ -133,12 +133,26 @@ def test_a_quantized_head_and_a_model_without_one(quantized):
 
 
 @pytest.mark.parametrize(
-    "options", [{"dtype": torch.float32}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}}], ids=str
+    "options",
+    [{"dtype": torch.float32}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}}, {"device_map": "auto"},
+     {"device_map": {"model": "cpu", "lm_head": "cpu"}}],
+    ids=str,
 )
 def test_options_of_from_pretrained(quantized, options):
     directory = quantized()
     model = from_pretrained(directory, **options)
     assert torch.equal(logits(model), logits(load(directory, dtype=options.get("dtype"))))
+
+
+def test_several_devices_are_refused(quantized):
+    with pytest.raises(UnsupportedError, match=r"one device, device_map names \['cpu', 'disk'\]"):
+        from_pretrained(quantized(), device_map={"model": "cpu", "lm_head": "disk"})
+
+
+def test_configurations_that_ask_for_other_packages(quantized):
+    directory = quantized(fmt="auto_gptq")
+    rewrite(directory, modules_in_block_to_quantize=[["self_attn.q_proj"]])
+    assert torch.equal(logits(from_pretrained(directory)), logits(load(directory)))
 
 
 def test_the_backend_can_be_named(quantized):
@@ -161,6 +175,25 @@ def test_what_is_saved_again_is_the_same(quantized, tmp_path, fmt, name):
     assert first["quantization_config"] == again["quantization_config"]
     reloaded = from_pretrained(tmp_path / "again")
     assert torch.equal(logits(reloaded), logits(from_pretrained(directory)))
+
+
+def test_saved_over_itself(quantized):
+    directory = quantized()
+    before, model = contents(directory), from_pretrained(directory)
+    expected = logits(model)
+    model.save_pretrained(directory)
+    assert same(contents(directory), before)
+    assert torch.equal(logits(from_pretrained(directory)), expected)
+
+
+def test_a_model_without_its_head_is_saved_under_its_own_names(quantized, tmp_path):
+    directory = quantized()
+    model = AutoModel.from_pretrained(directory)
+    model.save_pretrained(tmp_path / "base")
+    assert "layers.0.mlp.up_proj.qweight" in contents(tmp_path / "base")
+    with torch.no_grad():
+        again = AutoModel.from_pretrained(tmp_path / "base")(input_ids=IDS).last_hidden_state
+        assert torch.equal(again, model(input_ids=IDS).last_hidden_state)
 
 
 def test_sharded_checkpoints(quantized, tmp_path):
@@ -194,6 +227,9 @@ def without(directory, end):
         ("auto_round", lambda d: without(d, "layers.1.mlp.up_proj.scales"), "no tensor `model.layers.1.mlp.up_proj.sc"),
         ("auto_gptq", lambda d: rewrite(d, dynamic={"-:.*down_proj": {}}), "dynamic says that"),
         ("auto_awq", lambda d: rewrite(d, group_size=64), "contradict W4G64"),
+        ("auto_round", lambda d: without(d, "layers.0.mlp.up_proj.qweight"), "no weights for `model.layers.0.mlp.up_proj"),
+        ("auto_round", lambda d: without(d, "model.norm.weight"), "no weights for `model.norm.weight`"),
+        ("auto_round", lambda d: without(d, "lm_head.weight"), "no weights for `lm_head.weight`"),
         ("auto_round", lambda d: rename(d, "layers.1.", "layers.7."), "`model.layers.7.*that is not in the model"),
     ],
 )

@@ -19,7 +19,7 @@ import torch
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import AutoRoundConfig
+from transformers.utils.quantization_config import AutoRoundConfig, GPTQConfig
 
 from autoround_core import (
     CheckpointError,
@@ -28,6 +28,7 @@ from autoround_core import (
     LinearSpec,
     QuantizedLayer,
     TensorFiles,
+    UnsupportedError,
     get_registry,
     select_backend,
 )
@@ -35,6 +36,7 @@ from autoround_core.adapter import fuse
 from autoround_core.backend import AUTO
 from autoround_core.loading import find_format
 
+_INITIALIZED = "_is_hf_initialized"  # how Transformers marks what it need not fill with random numbers
 METHODS = ("auto-round", "gptq", "awq")
 
 
@@ -44,10 +46,10 @@ class Pending(torch.nn.Module):
     def __init__(self, site: LinearSite) -> None:
         super().__init__()
         self.in_features, self.out_features = site.in_features, site.out_features
-        self._is_hf_initialized = True
+        setattr(self, _INITIALIZED, True)
         # some models initialize the weights of their layers by name
         self.weight = torch.empty(0, device="cpu")
-        self.weight._is_hf_initialized = True
+        setattr(self.weight, _INITIALIZED, True)
 
 
 class AutoRoundLoader(HfQuantizer):
@@ -58,6 +60,16 @@ class AutoRoundLoader(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not get_registry().formats():
             raise CheckpointError("no checkpoint format is installed; pip install autoround-export")
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """One device for all, which "auto" and its like choose here; several are refused."""
+        if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+            device_map = "cuda" if torch.cuda.is_available() else "cpu"
+        places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if len({str(place) for place in places}) > 1 or "disk" in places:
+            named = sorted(map(str, places))
+            raise UnsupportedError(f"quantized layers load onto one device, device_map names {named}")
+        return device_map
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         if not checkpoint_files:
@@ -119,6 +131,12 @@ class AutoRoundLoader(HfQuantizer):
 
     @torch.no_grad()
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        # Transformers would go on with random numbers, which are right for the new head of another task only
+        needed = [part for part in (model.base_model, model.get_output_embeddings()) if part is not None]
+        loaded = {id(parameter) for part in needed for parameter in part.parameters()}
+        for name, parameter in model.named_parameters():
+            if id(parameter) in loaded and name not in self._experts and not getattr(parameter, _INITIALIZED, False):
+                raise CheckpointError(f"`{self._directory}` has no weights for `{name}`")
         # as it was written: the classes of Transformers forget what they do not know
         model.config.quantization_config = self._original_config["quantization_config"]
         experts: dict[str, torch.Tensor] = {}
@@ -188,7 +206,8 @@ class AutoRoundLoader(HfQuantizer):
         for name in files.names():
             owner = name.rpartition(".")[0]
             if owner in owners:
-                yield f"{owners[owner]}.{name.rpartition('.')[2]}", files.get(name)
+                # a copy, because the directory may be the one that is written to
+                yield f"{owners[owner]}.{name.rpartition('.')[2]}", files.get(name).clone()
 
 
 def _pattern(layer: str) -> str:
@@ -210,13 +229,23 @@ def _device(model: torch.nn.Module, path: str) -> torch.device:
     return torch.device("cpu")
 
 
-def _check(config: AutoRoundConfig) -> None:
-    """AutoRoundConfig.post_init, which knows no group sizes of blocks, [rows, features]."""
-    if not isinstance(config.group_size, list):
-        _check_numbers(config)
+def _without(attribute: str, stand_in: Any, check: Any, only: type = object) -> Any:
+    """A `post_init` that does not see an attribute which would fail there, or ask for a package, for no reason."""
+
+    def post_init(self: Any) -> None:
+        value = getattr(self, attribute)
+        if isinstance(value, only):
+            setattr(self, attribute, stand_in)
+        try:
+            check(self)
+        finally:
+            setattr(self, attribute, value)
+
+    return post_init
 
 
-# in place: Transformers asks whether what a user passes is of this class
-_check_numbers, AutoRoundConfig.post_init = AutoRoundConfig.post_init, _check
+# in place: Transformers asks whether what a user passes is of these classes
+AutoRoundConfig.post_init = _without("group_size", -1, AutoRoundConfig.post_init, only=list)  # blocks
+GPTQConfig.post_init = _without("modules_in_block_to_quantize", None, GPTQConfig.post_init)  # asks for optimum
 for _method in METHODS:
     auto.AUTO_QUANTIZER_MAPPING[_method] = AutoRoundLoader
