@@ -21,6 +21,9 @@ CASES = {
     "INT8": ("INT8", "llm_compressor", {}),
     "FP8": ("FP8_DYNAMIC", "llm_compressor", {}),
 }
+CALIBRATION = {"dataset": "stdlib", "nsamples": 8, "seqlen": 64}
+# what no engine runs on a CPU, and Transformers emulates
+EMULATED = ["FPW8A16", "FP8_STATIC", "FP8_BLOCK", "MXFP4", "MXFP8", "NVFP4", "MXFP4A16", "NVFP4A16"]
 CHECKPOINTS = [(name, fmt) for name, (_, formats, _) in CASES.items() for fmt in formats.split(",")]
 
 

@@ -227,7 +227,7 @@ def without(directory, end):
         ("auto_round", lambda d: without(d, "layers.1.mlp.up_proj.scales"), "no tensor `model.layers.1.mlp.up_proj.sc"),
         ("auto_gptq", lambda d: rewrite(d, dynamic={"-:.*down_proj": {}}), "dynamic says that"),
         ("auto_awq", lambda d: rewrite(d, group_size=64), "contradict W4G64"),
-        ("auto_round", lambda d: without(d, "layers.0.mlp.up_proj.qweight"), "no weights for `model.layers.0.mlp.up_proj"),
+        ("auto_round", lambda d: without(d, "layers.0.mlp.up_proj.qweight"), "no weights for `model.layers.0.mlp.up"),
         ("auto_round", lambda d: without(d, "model.norm.weight"), "no weights for `model.norm.weight`"),
         ("auto_round", lambda d: without(d, "lm_head.weight"), "no weights for `lm_head.weight`"),
         ("auto_round", lambda d: rename(d, "layers.1.", "layers.7."), "`model.layers.7.*that is not in the model"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from autoround_core import AutoRound, ShardWriter, TensorFiles, load, write_json
-from engine_cases import CASES, TINY, logprobs
+from engine_cases import CALIBRATION, CASES, TINY, logprobs
 
 
 @pytest.fixture(scope="session")
@@ -38,13 +38,12 @@ def checkpoint(tmp_path_factory, untied):
     made: dict[str, Path] = {}
 
     def get(name: str, fmt: str) -> tuple[Path, list[float]]:
+        scheme, formats, options = CASES.get(name, (name, "llm_compressor", CALIBRATION))
         if name not in made:
-            scheme, formats, options = CASES[name]
             made[name] = tmp_path_factory.mktemp(name)
             source = untied if name == "head" else TINY
             AutoRound(source, scheme=scheme, recipe="rtn", **options).quantize_and_save(made[name], formats)
-        several = "," in CASES[name][1]
-        directory = made[name] / fmt if several else made[name]
+        directory = made[name] / fmt if "," in formats else made[name]
         return directory, logprobs(load(directory, dtype=torch.float32, backend="reference"))
 
     return get
