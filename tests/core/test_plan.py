@@ -114,3 +114,12 @@ def test_positive_scales_reach_the_checkpoint(saved, tmp_path):
     AutoRound(saved("llama"), scheme="W4G32", recipe="rtn", scale_sign="positive").quantize_and_save(tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert all((tensor > 0).all() for name, tensor in tensors.items() if name.endswith(".scales"))
+
+
+def test_what_was_quantized_survives_a_refused_save(saved, tmp_path):
+    run = AutoRound(saved("llama"), scheme="W4G32", recipe="rtn", layer_config=MIXED)
+    run.quantize()
+    for fmt in ("auto_round", "auto_awq"):
+        with pytest.raises(UnsupportedError):
+            run.save_quantized(tmp_path / "out", fmt)
+    assert run.save_quantized(tmp_path / "out", "mlx").is_dir()

@@ -189,8 +189,12 @@ class AutoRound:
         """Write what `quantize` made. Raises UsageError when it has not run."""
         if not self._outcomes:
             raise UsageError("nothing is quantized yet; call quantize() first, or quantize_and_save()")
-        outcomes, self._outcomes = self._outcomes, []
-        return self._save(output_dir, format, overwrite, lambda plan: iter(outcomes))
+        outcomes = self._outcomes
+        try:
+            return self._save(output_dir, format, overwrite, lambda plan: iter(outcomes))
+        except Exception:
+            self._outcomes = outcomes  # what was tuned for hours is still there for another format
+            raise
 
     def quantize_and_save(self, output_dir: str | Path, format: str = "auto_round", *, overwrite: bool = False) -> Path:
         """Quantize and write layer by layer; verify; return the directory.
