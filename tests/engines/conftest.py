@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory, untied):
     made: dict[str, Path] = {}
 
     def get(name: str, fmt: str) -> tuple[Path, list[float]]:
-        scheme, formats, options = CASES.get(name, (name, "llm_compressor", CALIBRATION))
+        scheme, formats, options = CASES.get(name, (name, fmt, CALIBRATION))
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name)
             source = untied if name == "head" else TINY

@@ -337,7 +337,7 @@ def test_what_engines_read_about_floats(tmp_path):
 def test_floats_that_are_refused_before_the_run():
     assert FORMAT.why_not(spec("fc", BLOCK, 200, 100)) is None
     for name in ("FP8_DYNAMIC", "FP8_STATIC", "NVFP4", "MXFP4A16"):
-        assert "the format llm_compressor has more schemes" in FORMAT.why_not(spec("fc", PRESETS[name]))
+        assert "llm_compressor holds more" in FORMAT.why_not(spec("fc", PRESETS[name]))
     assert "inputs in 16 bits, not INT8" in FORMAT.why_not(spec("fc", PRESETS["INT8"]))
     assert "MXFP4 and MXFP8, not W4G32" in FORMAT.variant("llm_compressor").why_not(spec("fc", W4))
     assert FORMAT.why_not_together([spec("a", MX4), spec("b", MX8)]) is None

@@ -123,8 +123,9 @@ class AutoRoundFormat(CheckpointFormat):
         packing = self._packing or _kind(spec.scheme) or _PLAIN
         if packing == _MX and _kind(spec.scheme) != _MX:
             return f"this packing stores MXFP4 and MXFP8, not {spec.scheme}"
-        reason = _layout(packing, spec.scheme).why_not(spec)
-        return f"{reason}; the format llm_compressor has more schemes" if reason and packing == "fp8" else reason
+        if packing == "fp8" and spec.scheme != PRESETS["FP8_BLOCK"]:
+            return f"of floats it holds FP8_BLOCK, MXFP4 and MXFP8, not {spec.scheme}; llm_compressor holds more"
+        return _layout(packing, spec.scheme).why_not(spec)
 
     def why_not_together(self, specs: Sequence[LinearSpec]) -> str | None:
         kinds = {_kind(spec.scheme): spec.scheme for spec in specs}
