@@ -234,9 +234,9 @@ def test_g_idx_of_others_is_no_part_of_the_rest(tmp_path):
 
 def test_a_packing_of_others_is_refused_by_name(tmp_path):
     save(tmp_path, context([W4]))
-    rewrite(tmp_path, packing_format="auto_round:fp8_static")
+    rewrite(tmp_path, packing_format="auto_round:fake")
     with pytest.raises(
-        CheckpointError, match=r"packing_format `auto_round:fp8_static`.*known: auto_round:auto_gptq"
+        CheckpointError, match=r"packing_format `auto_round:fake`.*known: auto_round:auto_gptq"
     ):
         FORMAT.read(tmp_path)
 
@@ -311,6 +311,9 @@ def float_context(*schemes, **options):
         ((BLOCK, BLOCK), "auto_round:fp8", {"weight", "weight_scale_inv"}),
         ((MX4, MX4), "auto_round:llm_compressor", {"weight_packed", "weight_scale"}),
         ((MX8, MX4), "auto_round:llm_compressor", {"weight", "weight_packed", "weight_scale"}),
+        ((PRESETS["FP8_STATIC"],), "auto_round:fp8_static", {"weight", "weight_scale", "input_scale"}),
+        ((PRESETS["NVFP4"],), "auto_round:llm_compressor",
+         {"weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"}),
     ],
 )
 def test_floats_have_packings_of_their_own(tmp_path, schemes, packing, names):
@@ -336,10 +339,10 @@ def test_what_engines_read_about_floats(tmp_path):
 
 def test_floats_that_are_refused_before_the_run():
     assert FORMAT.why_not(spec("fc", BLOCK, 200, 100)) is None
-    for name in ("FP8_DYNAMIC", "FP8_STATIC", "NVFP4", "MXFP4A16"):
+    for name in ("FP8_DYNAMIC", "FPW8A16", "NVFP4A16", "MXFP4A16"):
         assert "llm_compressor holds more" in FORMAT.why_not(spec("fc", PRESETS[name]))
     assert "inputs in 16 bits, not INT8" in FORMAT.why_not(spec("fc", PRESETS["INT8"]))
-    assert "MXFP4 and MXFP8, not W4G32" in FORMAT.variant("llm_compressor").why_not(spec("fc", W4))
+    assert "MXFP4, MXFP8 and NVFP4, not W4G32" in FORMAT.variant("llm_compressor").why_not(spec("fc", W4))
     assert FORMAT.why_not_together([spec("a", MX4), spec("b", MX8)]) is None
     assert "got MXFP4 and W4G32" in FORMAT.why_not_together([spec("a", MX4), spec("b", W4)])
 

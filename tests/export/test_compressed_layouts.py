@@ -9,7 +9,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoround_core import CheckpointError, QuantScheme
+from autoround_core import AffineWeight, CheckpointError, FloatWeight, QuantScheme
 from autoround_core.scheme import PRESETS
 from autoround_core.testing import check_layout
 from autoround_export.compressed_layouts import LAYOUTS, layout_of
@@ -48,6 +48,12 @@ def test_all_layouts_of_integers_are_lossless_and_pure():
         assert check_layout(layout, schemes=schemes).cells > 0
 
 
+@given(st.sampled_from([*INTEGERS, PRESETS["INT8"]]), st.integers(1, 40), st.integers(1, 3), st.integers(0, 2**31))
+def test_integers_come_back(scheme, out_features, groups, seed):
+    weight, layout = record(scheme, out_features, groups * 128, seed), layout_of(scheme)
+    assert layout.unpack(layout.pack(weight), scheme).digest() == weight.digest()
+
+
 @given(st.sampled_from(FLOATS), st.integers(1, 40), st.integers(1, 5), st.integers(0, 2**31))
 def test_floats_come_back(scheme, out_features, groups, seed):
     weight = float_record(scheme, out_features, groups * 128, seed)
@@ -73,6 +79,26 @@ def test_golden_bytes():
     assert weight.dequantize(torch.float32)[0, :16].tolist() == [
         0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6
     ]  # fmt: skip
+
+
+def test_golden_bytes_of_eight_bits():
+    codes = torch.tensor([[0, 1, 127, 128, 200, 255]], dtype=torch.uint8)
+    int8 = AffineWeight(PRESETS["INT8"], codes, torch.ones(1, 1).half(), torch.full((1, 1), 128).byte())
+    assert layout_of(int8.scheme).pack(int8)["weight"].tolist() == [[-128, -127, -1, 0, 72, 127]]
+    # E4M3: sign, four bits of exponent with bias 7, three of mantissa
+    bits = torch.tensor([[0x00, 0x01, 0x08, 0x38, 0x7E, 0xB8]], dtype=torch.uint8)
+    fp8 = FloatWeight(PRESETS["FPW8A16"], bits, torch.ones(1, 1))
+    stored = layout_of(fp8.scheme).pack(fp8)
+    assert stored["weight"].float().tolist() == [[0.0, 2.0**-9, 2.0**-6, 1.0, 448.0, -1.0]]
+    assert stored["weight_scale"].shape == (1,)
+    mx8 = FloatWeight(PRESETS["MXFP8"], bits.repeat(1, 6)[:, :32], torch.tensor([[130]]).byte())
+    assert layout_of(mx8.scheme).pack(mx8)["weight_scale"].tolist() == [[130]]
+    assert mx8.dequantize(torch.float32)[0, 3].item() == 8.0
+    nv = FloatWeight(PRESETS["NVFP4"], torch.arange(16).byte()[None], torch.tensor([[2.0]]).to(torch.float8_e4m3fn),
+                     torch.tensor([4.0]))
+    packed = layout_of(nv.scheme).pack(nv)
+    assert packed["weight_packed"].tolist() == [[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]]
+    assert nv.dequantize(torch.float32)[0, :8].tolist() == [0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3]
 
 
 def test_zero_points_of_an_odd_number_of_rows():

@@ -52,6 +52,14 @@ def test_what_mlx_computes(scheme):
     assert (values - exact).abs().max() <= slack
 
 
+def test_golden_words():
+    codes = (7 * torch.arange(32) % 16).to(torch.uint8)[None]
+    weight = AffineWeight(W4, codes, torch.full((1, 1), 0.5).half(), torch.full((1, 1), 8).byte())
+    tensors = LAYOUT.pack(weight)
+    assert [f"{word:08x}" for word in tensors["weight"][0].tolist()] == ["1a3c5e70", "92b4d6f8", "1a3c5e70", "92b4d6f8"]
+    assert (tensors["scales"].item(), tensors["biases"].item()) == (0.5, -4.0)
+
+
 def test_the_configuration_as_mlx_reads_it(tmp_path):
     layers = save(tmp_path, context([W4, None, W8], kept=["model.layers.0.mlp.gate"]), FORMAT)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -1,12 +1,13 @@
 """Format `auto_round`: what Transformers, vLLM and SGLang read as quant_method "auto-round".
 
-Five packings (see docs/formats/auto_round.md), one for a whole checkpoint:
+Six packings (see docs/formats/auto_round.md), one for a whole checkpoint:
 
     auto_round:auto_gptq        every layer symmetric integers        GPTQ layout, zero_point - 1
     auto_round:auto_awq         every layer 4-bit asymmetric          AWQ layout
     auto_round                  any other mixture of integers         GPTQ layout, zero_point as it is
     auto_round:fp8              FP8_BLOCK                             E4M3 with scales of blocks
-    auto_round:llm_compressor   MXFP4, MXFP8                          the layouts of compressed-tensors
+    auto_round:fp8_static       FP8_STATIC                            E4M3 with a scale for each row
+    auto_round:llm_compressor   MXFP4, MXFP8, NVFP4                   the layouts of compressed-tensors
 
 The first two are the ones that engines have kernels for, so they are chosen where the layers allow it.
 """
@@ -53,10 +54,15 @@ _LAYOUTS: dict[str, TensorLayout] = {
     "auto_awq": AwqLayout(),
     "gptqmodel": GptqLayout(zero_offset=0),
     "fp8": FloatQuantized("fp8", lambda scheme: scheme == PRESETS["FP8_BLOCK"], "weight_scale_inv"),
+    "fp8_static": FloatQuantized("fp8_static", lambda scheme: scheme == PRESETS["FP8_STATIC"]),
 }
 _MX = "llm_compressor"  # its layouts differ by bits
 _PACKINGS = (*_LAYOUTS, _MX)
-_MARKS = {"fp8": "weight_scale_inv", _MX: "weight_scale"}  # "qweight" of all others
+_MARKS = {"fp8": "weight_scale_inv", "fp8_static": "weight_scale", _MX: "weight_scale"}  # "qweight" of all others
+_KINDS = {"FP8_BLOCK": "fp8", "FP8_STATIC": "fp8_static", "MXFP4": _MX, "MXFP8": _MX, "NVFP4": _MX}
+_NO_KIND = "none"
+# what the public implementation calls the inputs of NVFP4
+_ACTIVATION_TYPES = {"nv_fp": "nv_fp4_with_static_gs"}
 _PLAIN = "gptqmodel"  # the packing whose name on disk is just `auto_round`
 
 
@@ -69,14 +75,16 @@ def _layout(packing: str, scheme: QuantScheme) -> TensorLayout:
 
 
 def _kind(scheme: QuantScheme) -> str:
-    """The packing of schemes that have one of their own, "" for integers."""
-    if scheme.data_type == "int":
-        return ""
-    return _MX if scheme.data_type == "mx_fp" and scheme.activation else "fp8"
+    """The packing of schemes that have one of their own, "" for integers, _NO_KIND for what none can hold."""
+    return "" if scheme.data_type == "int" else _KINDS.get(str(scheme), _NO_KIND)
 
 
 def _vllm_xpu(spec: LinearSpec) -> str | None:
     return None if spec.scheme.bits in (2, 4) else f"on XPU it runs 2 and 4 bits, got {spec.scheme}"
+
+
+def _vllm_mx(spec: LinearSpec) -> str | None:
+    return "it knows no NVFP4 in this format" if spec.scheme.data_type == "nv_fp" else None
 
 
 _ENGINES: dict[str, dict[str, Rule]] = {
@@ -95,7 +103,8 @@ _ENGINES: dict[str, dict[str, Rule]] = {
     },
     _PLAIN: {"transformers": anything},
     "fp8": {"transformers": anything, "vllm:cuda": anything},
-    _MX: {"transformers": anything, "vllm:cuda": anything},
+    "fp8_static": {"transformers": anything},
+    _MX: {"transformers": anything, "vllm:cuda": each(_vllm_mx)},
 }
 
 
@@ -120,11 +129,12 @@ class AutoRoundFormat(CheckpointFormat):
 
     def why_not(self, spec: LinearSpec) -> str | None:
         assert spec.scheme is not None
-        packing = self._packing or _kind(spec.scheme) or _PLAIN
-        if packing == _MX and _kind(spec.scheme) != _MX:
-            return f"this packing stores MXFP4 and MXFP8, not {spec.scheme}"
-        if packing == "fp8" and spec.scheme != PRESETS["FP8_BLOCK"]:
-            return f"of floats it holds FP8_BLOCK, MXFP4 and MXFP8, not {spec.scheme}; llm_compressor holds more"
+        kind = _kind(spec.scheme)
+        packing = self._packing or kind or _PLAIN
+        if kind == _NO_KIND:
+            return f"of floats it holds {', '.join(_KINDS)}, not {spec.scheme}; the format llm_compressor holds more"
+        if packing == _MX != kind:
+            return f"this packing stores MXFP4, MXFP8 and NVFP4, not {spec.scheme}"
         return _layout(packing, spec.scheme).why_not(spec)
 
     def why_not_together(self, specs: Sequence[LinearSpec]) -> str | None:
@@ -170,7 +180,7 @@ class AutoRoundFormat(CheckpointFormat):
 
         def lookup(name: str) -> tuple[TensorLayout, QuantScheme]:
             scheme = schemes.of(name)
-            if (packing == _MX) != (_kind(scheme) == _MX):
+            if (_kind(scheme) or packing) != packing or (packing in _KINDS.values() and not _kind(scheme)):
                 raise CheckpointError(f"packing_format `{_packing_format(packing)}` does not hold {scheme}")
             return _layout(packing, scheme), scheme
 
@@ -191,7 +201,7 @@ def quantization_config(context: CheckpointContext, packing_format: str) -> dict
         "quant_method": "auto-round",
         "packing_format": packing_format,
         **_scheme_entry(default, default),
-        **(_BLOCK_KEYS if _kind(default) == "fp8" else {}),
+        **_FLOAT_KEYS.get(_kind(default), {}),
         "block_name_to_quantize": ",".join(sorted({block.rpartition(".")[0] for block in context.blocks})),
         "autoround_version": PROVIDER,
         "iters": settings.iters,
@@ -201,8 +211,11 @@ def quantization_config(context: CheckpointContext, packing_format: str) -> dict
     }
 
 
-# what vLLM wants to see beside blocks
-_BLOCK_KEYS = {"fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+# what else readers want to see beside E4M3 numbers
+_FLOAT_KEYS = {
+    "fp8": {"fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    "fp8_static": {"fmt": "e4m3", "activation_scheme": "static"},
+}
 
 
 def _scheme_entry(scheme: QuantScheme | None, default: QuantScheme) -> dict[str, Any]:
@@ -212,7 +225,10 @@ def _scheme_entry(scheme: QuantScheme | None, default: QuantScheme) -> dict[str,
     entry = {key: getattr(scheme, key) for key in SCHEME_KEYS} | {"group_size": _group_size(scheme)}
     if activation := scheme.activation:
         entry |= {
-            "act_bits": activation.bits, "act_data_type": activation.data_type, "act_group_size": activation.group_size,
+            "act_bits": activation.bits,
+            "act_data_type": _ACTIVATION_TYPES.get(activation.data_type, activation.data_type),
+            # 0: one scale for all tokens
+            "act_group_size": activation.group_size if activation.dynamic else 0,
             "act_sym": True, "act_dynamic": activation.dynamic,
         }  # fmt: skip
     return entry
@@ -228,9 +244,10 @@ def _fields(entry: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(fields.get("group_size"), list) and len(fields["group_size"]) == 2:
         fields["group_rows"], fields["group_size"] = fields["group_size"]
     if (fields.get("act_bits") or 16) < 16:
+        data_type = fields.get("act_data_type", "int")
+        data_type = next((ours for ours, theirs in _ACTIVATION_TYPES.items() if theirs == data_type), data_type)
         fields["activation"] = ActivationScheme(
-            fields["act_bits"], fields.get("act_data_type", "int"), fields.get("act_group_size", -1),
-            fields.get("act_dynamic", True),
+            fields["act_bits"], data_type, fields.get("act_group_size") or -1, fields.get("act_dynamic", True)
         )
     return fields
 

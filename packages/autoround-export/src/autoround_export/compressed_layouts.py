@@ -130,7 +130,8 @@ class FloatQuantized(_Layout):
     def _unpack(self, tensors: Mapping[str, torch.Tensor], scheme: QuantScheme) -> FloatWeight:
         _require(tensors, "weight", torch.float8_e4m3fn)
         scale = tensors[self._scale]
-        scale = scale.reshape(1, 1) if scheme.group_rows < 0 else scale
+        # some writers leave out the axis of the one group in a row
+        scale = scale.reshape(1, 1) if scheme.group_rows < 0 else scale[:, None] if scale.dim() == 1 else scale
         return FloatWeight(scheme, tensors["weight"].view(torch.uint8), scale).check()
 
 
