@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from autoround_core import AutoRound, CheckpointError, UnsupportedError, UsageError, convert, load
 from autoround_core.errors import OutputError
@@ -100,3 +101,11 @@ def test_bad_input(quantized, saved, tmp_path):
     source = quantized()
     with pytest.raises(OutputError, match="own directory"):
         convert(source, source, "auto_gptq", overwrite=True)
+
+
+def test_a_tensor_that_the_model_has_no_place_for(quantized):
+    directory = quantized()
+    path = directory / "model.safetensors"
+    save_file(load_file(path) | {"model.layers.0.mlp.extra.weight": torch.ones(2)}, path)
+    with pytest.raises(CheckpointError, match="`model.layers.0.mlp.extra.weight`, for which the model has no place"):
+        load(directory)

@@ -133,6 +133,10 @@ class ModelAdapter(ABC):
     def fill(self, view: ModelView, tensors: Mapping[str, torch.Tensor]) -> list[str]:
         """Put tensors by checkpoint name into a skeleton; return the names of parameters still without weights."""
 
+    def unexpected(self, view: ModelView, names: Iterable[str]) -> list[str]:
+        """Which of these names of tensors in a checkpoint the model has no place for, as far as that can be told."""
+        return []
+
     @abstractmethod
     def tokenizer(self, path: Path, *, trust_remote_code: bool) -> Any | None:
         """The tokenizer beside the model, None if there is none."""

@@ -7,6 +7,7 @@ by Transformers' own conversion (`checkpoint_names`); no model is known by its n
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -118,6 +119,18 @@ class CausalLM(ModelAdapter):
         model.tie_weights()
         filled = model.state_dict()
         return [name for name in missing if filled[name].is_meta]
+
+    def unexpected(self, view: ModelView, names: Iterable[str]) -> list[str]:
+        model = view.model
+        fused = {site.path for site in view.sites() if site.expert is not None}
+        own = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in fused}
+        stored = stored_names(model, own)
+        if len(stored) < len(own):
+            return []  # some are stored in pieces, whose names nobody knows beforehand
+        known = {*stored.values(), *(f"{site.name}.weight" for site in view.sites())}
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        return [name for name in names
+                if name not in known and not any(re.search(pattern, name) for pattern in ignored)]
 
     def tokenizer(self, path: Path, *, trust_remote_code: bool) -> Any | None:
         from transformers import AutoTokenizer

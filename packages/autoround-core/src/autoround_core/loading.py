@@ -88,9 +88,12 @@ def assemble(
             continue
         chosen = select_backend(backends, spec_of(layer), device, dtype, backend)
         built.append((site, chosen.build(layer, device, dtype)))
+    rest = dict(reader.rest())
+    if (dense or built) and (strange := adapter.unexpected(view, rest)):
+        raise CheckpointError(f"the checkpoint holds `{min(strange)}`, for which the model has no place")
     for site, module in built:
         _replace(view, site, module)
-    missing = adapter.fill(view, dense | dict(reader.rest()))
+    missing = adapter.fill(view, dense | rest)
     if missing:
         raise CheckpointError(
             f"the checkpoint has no weights for {', '.join(missing[:5])}"
