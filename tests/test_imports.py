@@ -26,7 +26,7 @@ ARROWS = {
 # rooms of core, the lowest first: a module imports from its own room and those below
 ROOMS = [
     ["errors", "scheme", "settings", "progress", "corpus", "documents", "fusing", "target"],
-    ["recipe", "records", "bitpack", "affine", "shards"],
+    ["recipe", "records", "bitpack", "affine", "shards", "superblock"],
     ["family", "layout", "format", "backend", "algorithm", "adapter"],
     [
         "activations", "float_grid", "float_family",
@@ -34,19 +34,20 @@ ROOMS = [
         "checkpoint_names", "structure", "causal_lm",
     ],
     ["hookspecs", "registry", "builtin"],
-    ["plan", "source", "output", "quantize", "loading", "verify", "report", "evaluation", "conversion", "autoround"],
+    ["model_outline", "plan", "source", "output", "quantize", "loading", "verify", "report", "evaluation",
+     "conversion", "checkpoints", "autoround"],
     ["testing"],
 ]
 
 PUBLIC = """
 ActivationScheme AffineWeight Algorithm AutoRound AutoRoundError Backend Block BlockResult BlockView CalibrationError
 CalibrationSet CheckpointContext CheckpointError CheckpointFormat CheckpointReader CheckpointWriter Estimate
-Evaluation FloatWeight LayerPlan LinearSite LinearSpec ModelAdapter ModelError ModelView NonFiniteError NumberFamily
-OutputError Plan PluginError PluginRecord Progress QuantRecipe QuantScheme QuantizedLayer QuantizedWeight
-RECIPES Registry Run ShardWriter Target TensorFiles TensorLayout TunableWeight TuningSettings UnknownNameError
-UnsupportedError UsageError Verdict VerificationError convert evaluate fused_layers get_registry hookimpl load
-load_calibration pack_bits packed_bytes parse_layer_config read_json select_backend tuning_settings unknown_name
-unpack_bits write_json
+Evaluation FloatWeight LayerPlan LinearSite LinearSpec ModelAdapter ModelError ModelOutline ModelView NonFiniteError
+NumberFamily OutputError Plan PluginError PluginRecord Progress QuantRecipe QuantScheme QuantizedLayer QuantizedWeight
+RECIPES Registry Run SchemeChoice ShardWriter SuperBlockWeight Target TensorFiles TensorLayout TunableWeight
+TuningSettings UnknownNameError UnsupportedError UsageError Verdict VerificationError convert evaluate fused_layers
+get_registry hookimpl load load_calibration pack_bits packed_bytes parse_layer_config read_json select_backend
+tuning_settings unknown_name unpack_bits write_json
 """
 
 HOOKS = """

@@ -96,7 +96,7 @@ def test_one_scheme_only(quantized, tmp_path):
 def test_bad_input(quantized, saved, tmp_path):
     with pytest.raises(UsageError, match="holds no quantized layers"):
         convert(saved("llama"), tmp_path / "out", "auto_gptq")
-    with pytest.raises(CheckpointError, match="is no directory"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         convert(tmp_path / "nothing", tmp_path / "out", "auto_gptq")
     source = quantized()
     with pytest.raises(OutputError, match="own directory"):

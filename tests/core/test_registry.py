@@ -15,6 +15,7 @@ from autoround_core import registry as registry_module
 from autoround_core.errors import PluginError, UnknownNameError
 from autoround_core.hookspecs import PROJECT
 from autoround_core.registry import Registry, get_registry
+from autoround_core.scheme import BLOCK_TYPES
 
 BUILTIN = EntryPoint("core", "autoround_core.builtin", PROJECT)
 
@@ -76,7 +77,7 @@ def test_our_own_plugins_are_found_as_any_others():
     assert {"rtn", "opt_rtn", "signround"} <= get_registry().algorithms().keys()
     assert {"auto_round", "dense"} <= get_registry().formats().keys()
     assert get_registry().backends()["reference"].priority == 0
-    assert get_registry().number_families().keys() == {"int", "fp", "mx_fp", "nv_fp"}
+    assert get_registry().number_families().keys() == {"int", "fp", "mx_fp", "nv_fp", *BLOCK_TYPES}
     assert get_registry() is get_registry()
 
 

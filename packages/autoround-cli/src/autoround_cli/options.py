@@ -12,7 +12,7 @@ import click
 
 from autoround_core.errors import unknown_name
 from autoround_core.fusing import CHECK, FUSE_MODES
-from autoround_core.scheme import MAX_BITS, MIN_BITS, PRESETS, SCALE_SIGNS
+from autoround_core.scheme import GGUF_TYPES, MAX_BITS, MIN_BITS, PRESETS, SCALE_SIGNS
 from autoround_core.settings import DEFAULT_RECIPE, RECIPES
 from autoround_core.target import ANY, ENGINES
 
@@ -22,7 +22,7 @@ _MODEL = [
 ]
 _SCHEME = [
     click.option("--scheme", help="Bits, group size and symmetry in one word: W4G128, W2G64-asym, W4A16; or one of "
-                                  f"{', '.join(PRESETS)}."),
+                                  f"{', '.join([*PRESETS, *GGUF_TYPES])}."),
     click.option("--bits", type=click.IntRange(MIN_BITS, MAX_BITS), help="Bits of a weight.  [default: 4]"),
     click.option("--group_size", type=int, help="Weights that share a scale; -1 = a whole row.  [default: 128]"),
     click.option("--sym/--asym", default=None, help="Fixed or free zero point.  [default: sym]"),
@@ -72,9 +72,14 @@ _RUN = [
     click.option(
         "--format", "format_", default="auto_round", show_default=True, help="Checkpoint format; several by commas."
     ),
+    click.option("--gguf_pre", metavar="NAME", help="Of format gguf: llama.cpp's name for the tokenizer's splitting "
+                                                   "rules, where they are not recognized."),
     click.option("--device", default="cpu", show_default=True, help="Where to tune: cpu, cuda, cuda:1, xpu, hpu."),
     click.option("--low_gpu_mem_usage", is_flag=True, help="Keep calibration states in main memory."),
 ]
+
+
+_FORMAT_OPTIONS = ("gguf_pre",)
 
 
 def quantization_options(command: Callable) -> Callable:
@@ -90,7 +95,8 @@ def make_autoround(options: dict[str, Any], progress: Any = None):
 
     # an option left out takes the default of the library
     given = {name: value for name, value in options.items() if value is not None}
-    return AutoRound(progress=progress, **given)
+    of_formats = {name: given.pop(name) for name in _FORMAT_OPTIONS if name in given}
+    return AutoRound(progress=progress, format_options=of_formats, **given)
 
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")

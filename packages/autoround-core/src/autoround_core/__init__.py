@@ -23,7 +23,9 @@ _HOMES = {
     ),
     "evaluation": ("Estimate", "Evaluation", "evaluate"),
     "family": ("NumberFamily", "TunableWeight"),
-    "format": ("CheckpointContext", "CheckpointFormat", "CheckpointReader", "CheckpointWriter"),
+    "format": (
+        "CheckpointContext", "CheckpointFormat", "CheckpointReader", "CheckpointWriter", "ModelOutline", "SchemeChoice",
+    ),
     "fusing": ("fused_layers",),
     "hookspecs": ("hookimpl",),
     "layout": ("TensorLayout",),
@@ -35,6 +37,7 @@ _HOMES = {
     "registry": ("PluginRecord", "Registry", "get_registry"),
     "scheme": ("ActivationScheme", "QuantScheme"),
     "settings": ("RECIPES", "TuningSettings", "tuning_settings"),
+    "superblock": ("SuperBlockWeight",),
     "target": ("Target", "Verdict"),
     "shards": ("ShardWriter", "TensorFiles", "read_json", "write_json"),
 }

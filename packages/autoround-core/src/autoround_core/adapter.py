@@ -81,7 +81,8 @@ class ModelView:
     """A model as the driver sees it.
 
     head: the site of lm_head, None if there is none or it shares its weight with the embedding (`tied_head`).
-    kept: weight matrices inside blocks that are never quantized, checkpoint name -> reason.
+    kept: weight matrices inside blocks that are never quantized, checkpoint name -> reason. embedding: the matrix that
+    token ids are looked up in.
     """
 
     model: torch.nn.Module
@@ -89,6 +90,11 @@ class ModelView:
     head: LinearSite | None
     tied_head: bool
     kept: Mapping[str, str]
+    embedding: LinearSite | None = None
+
+    def outer(self) -> tuple[LinearSite, ...]:
+        """The matrices outside the blocks: the embedding, and lm_head where it has a weight of its own."""
+        return tuple(site for site in (self.embedding, self.head) if site is not None)
 
     def sites(self) -> Iterator[LinearSite]:
         """All linear layers of the blocks, in order."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,16 +16,18 @@ import torch
 from autoround_core.activations import QuantizedInputs
 from autoround_core.adapter import ModelAdapter, ModelView
 from autoround_core.calibration import DEFAULT_DATASET, CalibrationSet, load_calibration
+from autoround_core.checkpoints import Checkpoints
 from autoround_core.compute import Compute, find_device, product_dtype
 from autoround_core.errors import UsageError, unknown_name
-from autoround_core.format import CheckpointContext, CheckpointFormat
+from autoround_core.format import CheckpointFormat
 from autoround_core.fusing import CHECK, FUSE_MODES
 from autoround_core.int_family import IntFamily
+from autoround_core.model_outline import choose, outline, with_choices
 from autoround_core.output import OutputDirectory
 from autoround_core.plan import Plan, make_plan
 from autoround_core.progress import Progress
 from autoround_core.quantize import BlockDriver, BlockOutcome, check_finite
-from autoround_core.recipe import parse_layer_config
+from autoround_core.recipe import choose_scheme, parse_layer_config
 from autoround_core.registry import get_registry
 from autoround_core.report import Phases, build_report
 from autoround_core.scheme import SCALE_SIGNS, QuantScheme
@@ -30,29 +35,9 @@ from autoround_core.settings import TuningSettings, tuning_settings
 from autoround_core.shards import write_json
 from autoround_core.source import check_source, copy_companions, find_model
 from autoround_core.target import ANY, Target
-from autoround_core.verify import PROBE_TOKENS, Expectation, check_forward, probe
+from autoround_core.verify import PROBE_TOKENS
 
 REPORT = "report.json"
-
-
-def choose_scheme(
-    scheme: str | QuantScheme | None, bits: int | None, group_size: int | None, sym: bool | None
-) -> QuantScheme:
-    """The scheme of the options: `scheme`, or bits, group_size and sym with the defaults 4, 128 and true.
-
-    Raises UsageError when both are given and disagree.
-    """
-    parts = {"bits": bits, "group_size": group_size, "sym": sym}
-    given = {name: value for name, value in parts.items() if value is not None}
-    if scheme is None:
-        return QuantScheme(**given)
-    chosen = scheme if isinstance(scheme, QuantScheme) else QuantScheme.parse(scheme)
-    for name, value in given.items():
-        if getattr(chosen, name) != value:
-            raise UsageError(
-                f"scheme {chosen} has {name} {getattr(chosen, name)}, but {name}={value} is given too; use one"
-            )
-    return chosen
 
 
 class AutoRound:
@@ -67,7 +52,8 @@ class AutoRound:
     them. strict: a layer that the format cannot store is an error; otherwise it stays in 16 bits and the plan
     says so. fuse: "check" refuses different schemes for layers that engines run as one, "promote" gives all of
     them the widest, "off" lets them be. scale_sign: "positive" keeps symmetric scales of integers from being negative,
-    for kernels that want them so. target: the engine to check the plan against, see `Target.parse`.
+    for kernels that want them so. target: the engine to check the plan against, see `Target.parse`. format_options: of
+    the formats that have any, {"gguf_pre": "qwen2"}.
 
     Raises UsageError for anything that cannot be meant, before the model is loaded.
     """
@@ -94,6 +80,7 @@ class AutoRound:
         scale_sign: str = "any",
         target: str = ANY,
         trust_remote_code: bool = False,
+        format_options: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
         **settings: Any,
     ) -> None:
@@ -106,6 +93,8 @@ class AutoRound:
             if name not in TuningSettings.__dataclass_fields__:
                 raise unknown_name("option", name, set(names) - {"settings"})
         self._recipe = parse_layer_config(layer_config, choose_scheme(scheme, bits, group_size, sym))
+        self._scheme_given = any(part is not None for part in (scheme, bits, group_size, sym))
+        self._format_options = dict(format_options or {})
         self._settings = tuning_settings(recipe, **settings)
         self._algorithm = get_registry().algorithm(self._settings.algorithm)
         self._families = get_registry().number_families()
@@ -124,6 +113,7 @@ class AutoRound:
         self._calibration: CalibrationSet | None = None
         self._loaded: torch.nn.Module | None = None
         self._path: Path | None = None
+        self._tokenizer_home: TemporaryDirectory | None = None
         if isinstance(model, torch.nn.Module):
             if not hasattr(model, "config"):
                 raise UsageError(
@@ -159,9 +149,14 @@ class AutoRound:
         return [get_registry().format(name) for name in names]
 
     def _plan(self, view: ModelView, formats: Sequence[CheckpointFormat]) -> Plan:
-        return make_plan(
+        model = outline(
+            self._adapter, view, self._config, self._tokenizer_files(), self._name, options=self._format_options,
+            calibrated=self._algorithm.needs_data, formats=formats,
+        )
+        choices = choose(formats, model)
+        plan = make_plan(
             view,
-            self._recipe,
+            with_choices(self._recipe, choices, given=self._scheme_given),
             self._settings,
             formats=formats,
             families=self._families,
@@ -175,7 +170,17 @@ class AutoRound:
             fuse=self._fuse,
             target=self._target,
             other_formats=list(get_registry().formats().values()),
+            choices=choices,
         )
+        return replace(plan, model=model)
+
+    def _tokenizer_files(self) -> Path | None:
+        """Where the tokenizer lies; one that was given with a loaded model is written somewhere first."""
+        if self._path is None and self._tokenizer is not None and self._tokenizer_home is None:
+            self._tokenizer_home = TemporaryDirectory(prefix="autoround-")
+            weakref.finalize(self, self._tokenizer_home.cleanup)
+            self._tokenizer.save_pretrained(self._tokenizer_home.name)
+        return self._path if self._tokenizer_home is None else Path(self._tokenizer_home.name)
 
     # --- the run --------------------------------------------------------------------------------------------
 
@@ -191,7 +196,7 @@ class AutoRound:
             raise UsageError("nothing is quantized yet; call quantize() first, or quantize_and_save()")
         outcomes = self._outcomes
         try:
-            return self._save(output_dir, format, overwrite, lambda plan: iter(outcomes))
+            return self._save(output_dir, format, overwrite, lambda plan: _as_planned(outcomes, plan))
         except Exception:
             self._outcomes = outcomes  # what was tuned for hours is still there for another format
             raise
@@ -209,11 +214,10 @@ class AutoRound:
         formats = self._formats(spelling)
         plan = self._plan(self._get_view(), formats)
         with output as work:
-            folders = [work if len(formats) == 1 else work / fmt.name.replace(":", "-") for fmt in formats]
-            expectation = self._write(plan, formats, folders, produce(plan))
+            checkpoints = self._write(plan, formats, work, produce(plan))
             self._progress.phase("verify")
             with self._phases.measure("verify"):
-                verification = self._verify(formats, folders, expectation)
+                verification = self._verify(checkpoints)
             report = build_report(
                 model=self._name,
                 formats=[fmt.name for fmt in formats],
@@ -226,46 +230,27 @@ class AutoRound:
                 phases=self._phases,
                 verification=verification,
             )
-            for folder in folders:
+            for folder in checkpoints.folders:
                 write_json(folder / REPORT, report)
         return output.final
 
-    def _write(self, plan: Plan, formats, folders: list[Path], outcomes: Iterator[BlockOutcome]) -> Expectation:
-        view = self._get_view()
-        context = self._context(plan, view)
-        for folder in folders:
-            folder.mkdir(exist_ok=True)
-        writers = [fmt.open(folder, context) for fmt, folder in zip(formats, folders, strict=True)]
-        stores_dense = any(not fmt.stores_records for fmt in formats)
-        expectation = Expectation(view.model.dtype if stores_dense else None)
+    def _write(
+        self, plan: Plan, formats: Sequence[CheckpointFormat], work: Path, outcomes: Iterator[BlockOutcome]
+    ) -> Checkpoints:
+        checkpoints = Checkpoints(
+            formats, work, plan, self._get_view(), self._adapter, config=self._config, settings=self._settings
+        )
         self._outcomes = []
         for outcome in outcomes:
             self._outcomes.append(outcome)
             for done in outcome.layers:
-                expectation.add(done.layer)
-                for writer in writers:
-                    writer.add(done.layer)
+                checkpoints.add(done.layer)
         self._progress.phase("save")
         with self._phases.measure("save"):
-            for name, tensor in self._adapter.rest(view, set(plan.quantized())):
-                for writer in writers:
-                    writer.keep(name, tensor)
-            for writer, folder in zip(writers, folders, strict=True):
-                writer.finish()
+            checkpoints.finish()
+            for folder in checkpoints.folders:
                 self._copy_companions(folder)
-        return expectation
-
-    def _context(self, plan: Plan, view: ModelView) -> CheckpointContext:
-        return CheckpointContext(
-            config=self._config,
-            recipe=self._recipe,
-            layers=plan.specs(),
-            blocks=[b.name for b in view.blocks],
-            kept=list(view.kept),
-            transposed=[s.name for s in view.sites() if s.transposed and s.expert is None],
-            dtype=view.model.dtype,
-            settings=self._settings,
-        )
+        return checkpoints
 
     def _copy_companions(self, folder: Path) -> None:
         if self._path is not None:
@@ -298,26 +283,16 @@ class AutoRound:
             )
         return self._calibration.input_ids
 
-    def _verify(self, formats, folders: list[Path], expectation: Expectation) -> dict[str, Any]:
-        view = self._get_view()
-        tokens = torch.arange(PROBE_TOKENS) % view.model.get_input_embeddings().num_embeddings
+    def _verify(self, checkpoints: Checkpoints) -> dict[str, Any]:
+        tokens = torch.arange(PROBE_TOKENS) % self._get_view().model.get_input_embeddings().num_embeddings
         if self._calibration is not None:
             tokens = self._calibration.input_ids[0, :PROBE_TOKENS]
-        expected = probe(view.model, tokens)
-        with self._inputs.off():
-            dense_expected = probe(view.model, tokens)
-        transposed = {site.name for site in view.sites() if site.transposed}
+        expected = checkpoints.expected(tokens, self._inputs)
         if self._owns_model:
             # the loaded checkpoint needs the room; a model that the user passed in is not ours to drop
-            self._view = self._loaded = view = None
+            self._view = self._loaded = None
             gc.collect()
-        rows = {}
-        for fmt, folder in zip(formats, folders, strict=True):
-            count = expectation.check_layers(fmt, folder, transposed)
-            wanted = expected if fmt.stores_records else dense_expected
-            difference = check_forward(fmt, folder, self._adapter, tokens, wanted, trust_remote_code=self._trust)
-            rows[fmt.name] = {"layers_equal": count, "forward_difference": difference}
-        return rows
+        return checkpoints.verify(tokens, expected, trust_remote_code=self._trust)
 
     # --- the model ------------------------------------------------------------------------------------------
 
@@ -331,3 +306,14 @@ class AutoRound:
                 check_finite(self._loaded)
                 self._view = self._adapter.view(self._loaded)
         return self._view
+
+
+def _as_planned(outcomes: Sequence[BlockOutcome], plan: Plan) -> Iterator[BlockOutcome]:
+    """The outcomes. Raises UsageError when they are not what the plan of a format asks for."""
+    made = {done.layer.name: done.layer.weight.scheme for outcome in outcomes for done in outcome.layers}
+    for name in sorted(made.keys() | plan.quantized().keys()):
+        spec = plan.quantized().get(name)
+        if spec is None or made.get(name) != spec.scheme:
+            raise UsageError(f"this format wants `{name}` as {spec.scheme if spec else '16 bits'}, it was quantized as "
+                             f"{made.get(name, '16 bits')}; use quantize_and_save with this format instead")
+    return iter(outcomes)

@@ -69,17 +69,18 @@ class CausalLM(ModelAdapter):
             for i, block in enumerate(blocks)
         )
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        names = {module: name for name, module in model.named_modules()}
+        looked_up = finder.linear(names[embedding], embedding) if isinstance(embedding, torch.nn.Embedding) else None
         if not isinstance(head, torch.nn.Linear):
-            return ModelView(model, views, None, False, finder.kept)
+            return ModelView(model, views, None, False, finder.kept, looked_up)
         tied = embedding is not None and head.weight is embedding.weight
-        head_name = next(name for name, module in model.named_modules() if module is head)
-        return ModelView(model, views, None if tied else finder.linear(head_name, head), tied, finder.kept)
+        return ModelView(model, views, None if tied else finder.linear(names[head], head), tied, finder.kept, looked_up)
 
     def tuning(self, model: torch.nn.Module, device: torch.device) -> AbstractContextManager[None]:
         return tuning_attention(model) if device.type == "cpu" else nullcontext()
 
     def rest(self, view: ModelView, quantized: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        sites = [*view.sites(), *([view.head] if view.head else [])]
+        sites = [*view.sites(), *view.outer()]
         chosen = [site for site in sites if site.name in quantized]
         taken = {site.path for site in chosen}
         taken |= {f"{site.module}.bias" for site in chosen if view.bias(site) is not None}

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from autoround_core.errors import UnsupportedError, UsageError
-from autoround_core.format import CheckpointContext, CheckpointFormat, CheckpointReader
+from autoround_core.format import CheckpointContext, CheckpointFormat, CheckpointReader, ModelOutline
 from autoround_core.loading import find_format, spec_of
+from autoround_core.model_outline import stored_shapes
 from autoround_core.output import OutputDirectory
 from autoround_core.recipe import LinearSpec, QuantRecipe
 from autoround_core.registry import get_registry
@@ -28,16 +29,16 @@ def convert(
     is, and UsageError when the source holds no quantized layers.
     """
     source = Path(source)
-    target = get_registry().format(format)
-    reader = find_format(source).read(source)
+    target, found = get_registry().format(format), find_format(source)
+    reader = found.read(source)
     output = OutputDirectory(output_dir, source, overwrite=overwrite)
     quantized = {layer.name: spec_of(layer) for layer in reader.layers()}
     if not quantized:
         raise UsageError(f"`{source}` holds no quantized layers; make some with `autoround quantize`")
     _check(target, quantized)
-    context = _context(source, reader, quantized, trust_remote_code=trust_remote_code)
-    expectation = Expectation(None if target.stores_records else context.dtype)
-    with output as work:
+    with found.home(source) as home, output as work:
+        context = _context(home, reader, quantized, trust_remote_code=trust_remote_code)
+        expectation = Expectation(None if target.stores_records else context.dtype)
         writer = target.open(work, context)
         for layer in reader.layers():
             expectation.add(layer)
@@ -45,9 +46,13 @@ def convert(
         for name, tensor in reader.rest():
             writer.keep(name, tensor)
         writer.finish()
-        copy_companions(source, work, with_code=trust_remote_code)
+        copy_companions(home, work, with_code=trust_remote_code)
         expectation.check_layers(target, work, set(context.transposed))
     return output.final
+
+
+def _name(home: Path) -> str:
+    return home.resolve().name or "model"
 
 
 def _check(target: CheckpointFormat, quantized: Mapping[str, LinearSpec]) -> None:
@@ -59,13 +64,13 @@ def _check(target: CheckpointFormat, quantized: Mapping[str, LinearSpec]) -> Non
 
 
 def _context(
-    source: Path, reader: CheckpointReader, quantized: Mapping[str, LinearSpec], *, trust_remote_code: bool
+    home: Path, reader: CheckpointReader, quantized: Mapping[str, LinearSpec], *, trust_remote_code: bool
 ) -> CheckpointContext:
     """What a writer wants to know, as far as a checkpoint tells: the default is the scheme of most layers."""
     config = {key: value for key, value in reader.config.items() if key not in _SECTIONS}
     adapter = get_registry().adapter(config)
-    view = adapter.view(adapter.skeleton(source, trust_remote_code=trust_remote_code))
-    sites = [*view.sites(), *([view.head] if view.head and view.head.name in quantized else [])]
+    view = adapter.view(adapter.skeleton(home, trust_remote_code=trust_remote_code))
+    sites = [*view.sites(), *(site for site in view.outer() if site.name in quantized)]
     layers = [
         quantized.get(site.name) or LinearSpec(site.name, site.in_features, site.out_features, None) for site in sites
     ]
@@ -79,4 +84,5 @@ def _context(
         transposed=[site.name for site in view.sites() if site.transposed and site.expert is None],
         dtype=view.model.dtype,
         settings=TuningSettings(),
+        model=ModelOutline(config, stored_shapes(adapter, view), home, {}, calibrated=False, name=_name(home)),
     )

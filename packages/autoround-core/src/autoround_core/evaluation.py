@@ -16,7 +16,7 @@ import torch
 from autoround_core.backend import AUTO
 from autoround_core.corpus import stdlib_documents
 from autoround_core.errors import CalibrationError, ModelError, NonFiniteError
-from autoround_core.loading import load
+from autoround_core.loading import find_format, load
 from autoround_core.registry import get_registry
 from autoround_core.shards import read_json
 from autoround_core.source import find_model
@@ -52,11 +52,12 @@ class Evaluation:
 
 
 def load_for_evaluation(model: str | Path, *, device="cpu", backend: str = AUTO, dtype=None, trust_remote_code=False):
-    """(model, tokenizer) of a checkpoint or an ordinary model, by directory or hub id."""
-    path = find_model(model)
+    """(model, tokenizer) of a checkpoint or an ordinary model, by directory, file or hub id."""
+    path = Path(model) if Path(model).is_file() else find_model(model)
     loaded = load(path, device=device, backend=backend, dtype=dtype, trust_remote_code=trust_remote_code)
-    adapter = get_registry().adapter(read_json(path / "config.json"))
-    tokenizer = adapter.tokenizer(path, trust_remote_code=trust_remote_code)
+    with find_format(path).home(path) as home:
+        adapter = get_registry().adapter(read_json(home / "config.json"))
+        tokenizer = adapter.tokenizer(home, trust_remote_code=trust_remote_code)
     if tokenizer is None:
         raise ModelError(
             f"`{path}` has no tokenizer, which reading and writing text needs; copy tokenizer.json and "

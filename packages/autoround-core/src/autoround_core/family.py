@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from autoround_core.errors import UnsupportedError
+from autoround_core.recipe import LinearSpec
 from autoround_core.records import QuantizedWeight
 from autoround_core.scheme import ActivationScheme, QuantScheme
 
@@ -37,10 +38,17 @@ class NumberFamily(ABC):
     """All weights of one `data_type`. Instances are stateless."""
 
     data_type: str
+    starts_from_search: bool = False
+    """Whether tuning begins at `search`, whose scales it does not move: see `tunable_from`."""
 
     @abstractmethod
     def why_not(self, scheme: QuantScheme) -> str | None:
         """None if this family can represent `scheme`, otherwise the reason as one sentence."""
+
+    def why_not_layer(self, spec: LinearSpec) -> str | None:
+        """The same for a layer of a size; to be overridden where a scheme does not fit every size."""
+        assert spec.scheme is not None
+        return self.why_not(spec.scheme)
 
     @abstractmethod
     def round_to_nearest(self, weight: torch.Tensor, scheme: QuantScheme) -> QuantizedWeight:
@@ -53,6 +61,11 @@ class NumberFamily(ABC):
     @abstractmethod
     def tunable(self, weight: torch.Tensor, scheme: QuantScheme) -> TunableWeight:
         """Parameters that start at `round_to_nearest`."""
+
+    def tunable_from(self, weight: torch.Tensor, scheme: QuantScheme, importance: torch.Tensor) -> TunableWeight:
+        """Parameters for a weight whose channels have this importance [in] > 0; start at `search` if
+        `starts_from_search`."""
+        return self.tunable(weight, scheme)
 
     def for_group(self, weights: Sequence[torch.Tensor]) -> NumberFamily:
         """The family for layers that engines run as one, which may share a number; by itself, nothing is shared."""

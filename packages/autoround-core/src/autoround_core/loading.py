@@ -21,15 +21,17 @@ from autoround_core.shards import read_json
 
 
 def find_format(path: Path) -> CheckpointFormat:
-    """The format of a checkpoint directory. Raises CheckpointError when no format recognizes it."""
-    if not path.is_dir():
-        raise CheckpointError(f"`{path}` is no directory")
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"`{path}` has no config.json, so it is no checkpoint")
+    """The format of a checkpoint, a directory or a file. Raises CheckpointError when no format recognizes it."""
+    if not path.exists():
+        raise CheckpointError(f"`{path}` does not exist")
     formats = get_registry().formats()
     for found in formats.values():
         if found.recognizes(path):
             return found
+    if path.is_file():
+        raise CheckpointError(f"no format recognizes the file `{path}`; give the directory of a checkpoint")
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"`{path}` has no config.json, so it is no checkpoint")
     method = (read_json(path / "config.json").get("quantization_config") or {}).get("quant_method", "none")
     raise CheckpointError(f"no format recognizes `{path}` (quant_method {method}); known: {', '.join(sorted(formats))}")
 
@@ -51,12 +53,14 @@ def load(
     """Load a checkpoint of any registered format as a Transformers model with generate().
 
     backend: a backend's name, or "auto" for the fastest that takes each layer. dtype: of activations and of what
-    is not quantized; None = as stored. Experts that Transformers keeps in one tensor are dequantized.
+    is not quantized; None = as stored. Experts that Transformers keeps in one tensor are dequantized, as are
+    embeddings.
     """
     path, device = Path(path), find_device(device)
     found = find_format(path)
-    adapter: ModelAdapter = get_registry().adapter(read_json(path / "config.json"))
-    model = adapter.skeleton(path, trust_remote_code=trust_remote_code, dtype=dtype)
+    with found.home(path) as home:
+        adapter: ModelAdapter = get_registry().adapter(read_json(home / "config.json"))
+        model = adapter.skeleton(home, trust_remote_code=trust_remote_code, dtype=dtype or found.dtype)
     return assemble(model, adapter, found.read(path), device=device, backend=backend)
 
 
@@ -71,7 +75,7 @@ def assemble(
     """Fill a skeleton: a backend's module for each quantized layer, tensors for the rest."""
     view = adapter.view(model)
     backends = list(get_registry().backends().values())
-    sites = {site.name: site for site in (*view.sites(), *([view.head] if view.head else []))}
+    sites = {site.name: site for site in (*view.sites(), *view.outer())}
     dtype = model.dtype
     dense, built = {}, []
     for layer in reader.layers():
@@ -83,7 +87,7 @@ def assemble(
                 f"layer `{layer.name}` is {layer.weight.shape} in the checkpoint, "
                 f"{(site.out_features, site.in_features)} in the model"
             )
-        if site.expert is not None:
+        if site.expert is not None or site is view.embedding:
             dense[f"{layer.name}.weight"] = layer.weight.dequantize(dtype)
             continue
         chosen = select_backend(backends, spec_of(layer), device, dtype, backend)
@@ -164,7 +168,7 @@ def describe(path: str | Path) -> Description:
         rest_tensors=len(rest),
         rest_bytes=sum(rest),
         # whatever a format calls its files
-        total_bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        total_bytes=sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file()),
         bits_per_weight=bits / max(1, weights),
         report_lines=_report_lines(path),
     )

@@ -11,7 +11,7 @@ from autoround_core.adapter import LinearSite, ModelView
 from autoround_core.backend import Backend, answers
 from autoround_core.errors import UnsupportedError
 from autoround_core.family import NumberFamily
-from autoround_core.format import CheckpointFormat
+from autoround_core.format import CheckpointFormat, ModelOutline, SchemeChoice
 from autoround_core.fusing import CHECK, PROMOTE, disagreement, fused_layers, promote
 from autoround_core.recipe import LinearSpec, QuantRecipe
 from autoround_core.settings import TuningSettings
@@ -35,7 +35,8 @@ class LayerPlan:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The answer for a whole model. seconds, memory_bytes: rough. needs_data: whether there is something to
-    calibrate. notes: what the target needs besides."""
+    calibrate. notes: what the target needs besides. outer: layers outside the blocks that a format has quantized, for
+    those formats alone that store such. recipe: whose schemes these are. model: what formats were told of the model."""
 
     layers: tuple[LayerPlan, ...]
     kept: Mapping[str, str]
@@ -46,6 +47,9 @@ class Plan:
     memory_bytes: int
     needs_data: bool = True
     notes: tuple[str, ...] = ()
+    outer: frozenset[str] = frozenset()
+    recipe: QuantRecipe | None = None
+    model: ModelOutline | None = None
 
     def quantized(self) -> dict[str, LinearSpec]:
         return {layer.spec.name: layer.spec for layer in self.layers if layer.spec.scheme is not None}
@@ -59,12 +63,13 @@ def make_plan(
     formats: Sequence[CheckpointFormat], families: Mapping[str, NumberFamily], backends: Sequence[Backend],
     device: torch.device, dtype: torch.dtype, quant_lm_head: bool, strict: bool, needs_data: bool,
     model_type: str | None = None, fuse: str = CHECK, target: Target = ANY_ENGINE,
-    other_formats: Sequence[CheckpointFormat] = (),
+    other_formats: Sequence[CheckpointFormat] = (), choices: Mapping[str, SchemeChoice] | None = None,
 ) -> Plan:
     """Ask formats, number families, backends and the target about every layer.
 
     fuse: what to do about layers that engines run as one and whose schemes differ: "check" refuses them, "promote"
-    gives all the widest, "off" lets them be. other_formats: those to recommend where the target refuses.
+    gives all the widest, "off" lets them be. other_formats: those to recommend where the target refuses. choices: of a
+    format that chooses schemes by itself; what the recipe overrides stays overridden.
 
     Raises UnsupportedError when a format or family cannot take a layer, unless `strict` is false: then the layer
     stays in 16 bits with the reason; when lm_head is asked for but shares its weight with the embedding; and when
@@ -78,7 +83,11 @@ def make_plan(
         if view.head is None:
             raise UnsupportedError("this model has no linear lm_head; leave out --quant_lm_head")
         sites.append(view.head)
-    schemes = recipe.resolve([site.name for site in sites])
+    choices = choices or {}
+    asked = {site.name for site in sites}
+    sites += [site for site in view.outer() if site.name in choices and site.name not in asked]
+    outer = frozenset(site.name for site in sites if site.name not in asked)
+    schemes = recipe.resolve([site.name for site in sites], {name: choice.scheme for name, choice in choices.items()})
     # an engine is known to fuse, or the format is one of those that such engines read
     fusing = fuse == PROMOTE or (fuse == CHECK and target.fuses and any(fmt.fused for fmt in formats))
     groups = fused_layers(schemes, model_type) if fusing else {}
@@ -87,9 +96,11 @@ def make_plan(
     layers = []
     for site in sites:
         spec = _spec(view, site, schemes[site.name])
-        reason = "" if spec.scheme else "by layer_config"
+        chosen = choices.get(site.name)
+        reason = "" if spec.scheme else chosen.reason if chosen and not chosen.scheme else "by layer_config"
         if spec.scheme:
-            reason = _refusal(spec, formats, families)
+            stored_by = [fmt for fmt in formats if fmt.stores_outer] if site.name in outer else formats
+            reason = _refusal(spec, stored_by, families)
             if spec.scheme.activation and site is view.head:
                 reason = "the inputs of lm_head stay in 16 bits in every engine"
             if reason and strict:
@@ -103,11 +114,14 @@ def make_plan(
     specs = [layer.spec for layer in layers]
     quantized = [spec for spec in specs if spec.scheme is not None]
     for fmt in formats:
-        if reason := fmt.why_not_together(quantized):
+        if reason := fmt.why_not_together([s for s in quantized if fmt.stores_outer or s.name not in outer]):
             raise UnsupportedError(f"format {fmt.name}: {reason}; change --layer_config or choose another format")
-    needs_data = needs_data or any(spec.scheme.activation and spec.scheme.activation.calibrated for spec in quantized)
+    activations = [spec.scheme.activation for spec in quantized if spec.scheme.activation]
+    needs_data = (needs_data and len(quantized) > 0) or any(activation.calibrated for activation in activations)
     notes = _target_notes(target, specs, formats, other_formats)
-    return replace(_totals(view, layers, settings, device, dtype, needs_data), notes=notes)
+    outer &= {spec.name for spec in quantized}
+    totals = _totals(view, layers, settings, device, dtype, needs_data)
+    return replace(totals, notes=notes, outer=outer, recipe=recipe)
 
 
 def _fused(
@@ -161,7 +175,7 @@ def _refusal(spec: LinearSpec, formats, families: Mapping[str, NumberFamily]) ->
     family = families.get(spec.scheme.data_type)
     if family is None:
         return f"no number family `{spec.scheme.data_type}` is installed (known: {', '.join(sorted(families))})"
-    reason = family.why_not(spec.scheme)
+    reason = family.why_not_layer(spec)
     if reason:
         return reason
     refusals = [(fmt.name, fmt.why_not(spec)) for fmt in formats]

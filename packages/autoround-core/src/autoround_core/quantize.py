@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from autoround_core.activations import QuantizedInputs, families_of, shared_greatest
-from autoround_core.adapter import BlockView, ModelView
+from autoround_core.adapter import BlockView, LinearSite, ModelView
 from autoround_core.algorithm import Algorithm, BlockResult, Run
 from autoround_core.capture import PLAIN_CALL, BlockCall, capture, head_inputs
 from autoround_core.compute import Compute
@@ -23,6 +23,7 @@ from autoround_core.model_block import ModelBlock
 from autoround_core.plan import Plan
 from autoround_core.progress import Progress
 from autoround_core.records import QuantizedLayer, QuantizedWeight
+from autoround_core.rtn import importance_of
 from autoround_core.settings import TuningSettings
 
 
@@ -72,7 +73,8 @@ class BlockDriver:
         """inputs: collects the layers whose inputs are quantized."""
         self._view, self._algorithm, self._families = view, algorithm, families
         self._settings, self._compute, self._progress = settings, compute, progress
-        self._sites = {site.name: site for site in (*view.sites(), *([view.head] if view.head else []))}
+        self._sites = {site.name: site for site in (*view.sites(), *view.outer())}
+        self._outer = {name: site for name, site in self._sites.items() if name in plan.outer}
         self._schemes = {name: spec.scheme for name, spec in plan.quantized().items() if spec.scheme}
         self._model_type = view.model.config.model_type
         self._inputs = inputs or QuantizedInputs()
@@ -80,10 +82,14 @@ class BlockDriver:
     def run(self, input_ids: torch.Tensor | None) -> Iterator[BlockOutcome]:
         """Yield each block as it is finished. input_ids: [samples, seqlen], None if the algorithm needs no data."""
         view = self._view
-        with_head = view.head is not None and view.head.name in self._schemes
+        with_head = view.head is not None and view.head.name in self._schemes and view.head.name not in self._outer
         total = len(view.blocks) + with_head
         hidden, calls = self._capture(input_ids)
         chains = (hidden, hidden)
+        if view.embedding is not None and view.embedding.name in self._outer:
+            yield self._round_outer(view.embedding, None, calibrated=input_ids is not None)
+            if input_ids is not None:
+                chains = (hidden, self._capture(input_ids)[0])
         for index, (block, call) in enumerate(zip(view.blocks, calls, strict=True)):
             self._progress.block(index, total, block.name)
             outcome, chains = self._quantize(index, block, call, chains)
@@ -97,6 +103,28 @@ class BlockDriver:
             outcome, _ = self._quantize(total - 1, head, PLAIN_CALL, chains, last=True)
             yield outcome
             self._progress.block_done(total - 1, total, head.name, outcome.before, outcome.after)
+        elif view.head is not None and view.head.name in self._outer:
+            inputs = None if input_ids is None else head_inputs(view, input_ids, chains[1])
+            yield self._round_outer(view.head, inputs, calibrated=input_ids is not None)
+
+    def _round_outer(self, site: LinearSite, inputs: torch.Tensor | None, *, calibrated: bool) -> BlockOutcome:
+        """A matrix outside the blocks, its scales searched: tuning the logits by themselves would gain nothing.
+
+        inputs: what enters it [samples, seqlen, in], None for an embedding or if unknown.
+        """
+        start = time.perf_counter()
+        parameter = self._view.parameter(site).detach()
+        weight, scheme = site.read(parameter).to(self._compute.device), self._schemes[site.name]
+        family = self._families[scheme.data_type]
+        if inputs is not None:
+            record = family.search(weight, scheme, importance_of(_mean_square(inputs).to(weight.device)))
+        elif calibrated:
+            record = family.search(weight, scheme, torch.ones(site.in_features, device=weight.device))
+        else:
+            record = family.round_to_nearest(weight, scheme)
+        layer = self._layer(site.name, weight, record, None)
+        site.read(parameter).copy_(record.dequantize(torch.float32))
+        return BlockOutcome(site.name, (layer,), None, None, 0, 0, time.perf_counter() - start, ())
 
     def _capture(self, input_ids: torch.Tensor | None) -> tuple[torch.Tensor | None, list[BlockCall]]:
         if input_ids is None:
@@ -119,7 +147,7 @@ class BlockDriver:
                            schemes=schemes, families=families, compute=compute)
         original, quantized = chains
         if quantized is not None:
-            if index == 0:  # the chains part here
+            if original is quantized:  # the chains part here
                 original = original.clone()
             block.set_chains(original, quantized, targets_given=not last)
             if not last:
@@ -127,7 +155,8 @@ class BlockDriver:
         input_scales = self._quantize_inputs(block, view)
         result, before, after = self._tune(block, index)
         layers = tuple(
-            self._layer(block, name, weight, input_scales.get(name)) for name, weight in result.weights.items()
+            self._layer(name, block.weights[name], weight, input_scales.get(name))
+            for name, weight in result.weights.items()
         )
         block.write_back({layer.layer.name: layer.layer.weight.dequantize(torch.float32) for layer in layers})
         if quantized is not None and not last:
@@ -183,9 +212,9 @@ class BlockDriver:
         return block.error(dense, block.validation)
 
     def _layer(
-        self, block: ModelBlock, name: str, weight: QuantizedWeight, input_scale: torch.Tensor | None
+        self, name: str, original: torch.Tensor, weight: QuantizedWeight, input_scale: torch.Tensor | None
     ) -> LayerOutcome:
-        original = block.weights[name].float()
+        original = original.float()
         error = torch.linalg.norm(weight.dequantize(torch.float32) - original)
         norm = torch.linalg.norm(original)
         bias = self._view.bias(self._sites[name])
@@ -193,3 +222,8 @@ class BlockDriver:
         layer = QuantizedLayer(name, weight.to(cpu), None if bias is None else bias.detach(),
                                None if input_scale is None else input_scale.to(cpu))
         return LayerOutcome(layer, float(error / norm) if norm > 0 else 0.0)
+
+
+def _mean_square(inputs: torch.Tensor) -> torch.Tensor:
+    """Of each channel, float32 [in]; sample by sample, for all of them in float32 would be large."""
+    return sum(sample.float().square().mean(0) for sample in inputs) / len(inputs)

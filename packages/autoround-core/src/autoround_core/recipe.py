@@ -49,13 +49,18 @@ class QuantRecipe:
             except re.error as error:
                 raise UsageError(f"layer_config: `{pattern}` is no regular expression: {error}") from None
 
-    def resolve(self, names: Iterable[str]) -> dict[str, QuantScheme | None]:
-        """Give each layer its scheme. Raises UsageError for an override that matches no layer."""
+    def resolve(
+        self, names: Iterable[str], defaults: Mapping[str, QuantScheme | None] | None = None
+    ) -> dict[str, QuantScheme | None]:
+        """Give each layer its scheme. Raises UsageError for an override that matches no layer.
+
+        defaults: of single layers, where they are not that of the recipe.
+        """
         names = list(names)
         known, unused = set(names), {pattern for pattern, _ in self.overrides}
         schemes: dict[str, QuantScheme | None] = {}
         for name in names:
-            schemes[name] = self.default
+            schemes[name] = (defaults or {}).get(name, self.default)
             for pattern, scheme in self.overrides:
                 # an exact name is not a pattern: its dots must not match a neighbour
                 if pattern == name or (pattern not in known and re.search(pattern, name)):
@@ -66,6 +71,26 @@ class QuantRecipe:
             if pattern in unused and not any(pattern == n or re.search(pattern, n) for n in names):
                 raise unknown_name("layer in layer_config", pattern, _examples(pattern, names))
         return schemes
+
+
+def choose_scheme(
+    scheme: str | QuantScheme | None, bits: int | None, group_size: int | None, sym: bool | None
+) -> QuantScheme:
+    """The scheme of the options: `scheme`, or bits, group_size and sym with the defaults 4, 128 and true.
+
+    Raises UsageError when both are given and disagree.
+    """
+    parts = {"bits": bits, "group_size": group_size, "sym": sym}
+    given = {name: value for name, value in parts.items() if value is not None}
+    if scheme is None:
+        return QuantScheme(**given)
+    chosen = scheme if isinstance(scheme, QuantScheme) else QuantScheme.parse(scheme)
+    for name, value in given.items():
+        if getattr(chosen, name) != value:
+            raise UsageError(
+                f"scheme {chosen} has {name} {getattr(chosen, name)}, but {name}={value} is given too; use one"
+            )
+    return chosen
 
 
 def _examples(pattern: str, names: list[str], limit: int = 4) -> list[str]:

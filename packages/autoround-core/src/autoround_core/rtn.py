@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from autoround_core.algorithm import Algorithm, Block, BlockResult, Run
 
 
@@ -27,16 +29,26 @@ class SearchedScales(Algorithm):
     name = "opt_rtn"
 
     def quantize_block(self, block: Block, run: Run) -> BlockResult:
-        importance = block.input_mean_square()
-        weights, notes = {}, []
-        for name, weight in block.weights.items():
-            channels = importance[name].clone()
-            mean = channels.mean()
-            if mean == 0:
-                notes.append(f"{name}: no calibration token reached it; its channels weigh alike")
-                channels.fill_(1.0)
-            else:
-                # a channel that was silent in the calibration set still deserves a finite weight
-                channels.clamp_(min=float(mean) * 1e-4)
-            weights[name] = block.families[name].search(weight, block.schemes[name], channels)
-        return BlockResult(weights, notes=tuple(notes))
+        importance, notes = channel_importance(block)
+        weights = {name: block.families[name].search(weight, block.schemes[name], importance[name])
+                   for name, weight in block.weights.items()}
+        return BlockResult(weights, notes=notes)
+
+
+def channel_importance(block: Block) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """(importance > 0 of each layer's input channels, float32 [in]; notes on layers that saw nothing)."""
+    importance, notes = {}, []
+    for name, squares in block.input_mean_square().items():
+        if not squares.any():
+            notes.append(f"{name}: no calibration token reached it; its channels weigh alike")
+        importance[name] = importance_of(squares)
+    return importance, tuple(notes)
+
+
+def importance_of(mean_square: torch.Tensor) -> torch.Tensor:
+    """The importance [in] > 0 of channels whose inputs have this mean square."""
+    mean = float(mean_square.mean())
+    if mean == 0:
+        return torch.ones_like(mean_square)
+    # a channel that was silent in the calibration set still deserves a finite weight
+    return mean_square.clamp(min=mean * 1e-4)

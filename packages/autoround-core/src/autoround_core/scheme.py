@@ -24,6 +24,32 @@ _SCALE_BITS = {"int": 16, "fp": 32, "mx_fp": 8, "nv_fp": 8}
 
 
 @dataclass(frozen=True, slots=True)
+class BlockType:
+    """A block type of ggml whose scales have two levels, or a float minimum; see `SuperBlockWeight`.
+
+    block: weights in a block, block_bytes: its size in a file. bits, group_size, sym: of its scheme.
+    """
+
+    bits: int
+    group_size: int
+    sym: bool
+    block: int
+    block_bytes: int
+
+
+# by data_type, which is ggml's name in lower case
+BLOCK_TYPES: dict[str, BlockType] = {
+    "q4_1": BlockType(4, 32, False, 32, 20),
+    "q5_1": BlockType(5, 32, False, 32, 24),
+    "q2_k": BlockType(2, 16, False, 256, 84),
+    "q3_k": BlockType(3, 16, True, 256, 110),
+    "q4_k": BlockType(4, 32, False, 256, 144),
+    "q5_k": BlockType(5, 32, False, 256, 176),
+    "q6_k": BlockType(6, 16, True, 256, 210),
+}
+
+
+@dataclass(frozen=True, slots=True)
 class ActivationScheme:
     """What the input of a layer becomes when the layer runs.
 
@@ -72,7 +98,8 @@ class QuantScheme:
             raise UsageError(f"sym must be true or false, got {self.sym!r}")
 
     def __str__(self) -> str:
-        name = next((name for name, scheme in PRESETS.items() if scheme == self), None)
+        known = GGUF_TYPES if self.data_type in BLOCK_TYPES else PRESETS
+        name = next((name for name, scheme in known.items() if scheme == self), None)
         if name:
             return name
         text = f"W{self.bits}G{self.group_size}" + ("" if self.group_rows == 1 else f"x{self.group_rows}")
@@ -85,11 +112,13 @@ class QuantScheme:
 
         Raises UnknownNameError with examples when the text is no scheme.
         """
-        if text.strip().upper() in PRESETS:
-            return PRESETS[text.strip().upper()]
+        named = {**PRESETS, **GGUF_TYPES}.get(text.strip().upper())
+        if named:
+            return named
         match = _SPELLING.fullmatch(text.strip())
         if match is None:
-            raise unknown_name("scheme", text, (*_EXAMPLES, *PRESETS), "; W<bits>[G<group size>][-asym] in general")
+            known = (*_EXAMPLES, *PRESETS, *GGUF_TYPES)
+            raise unknown_name("scheme", text, known, "; W<bits>[G<group size>][-asym] in general")
         if match["activation"] not in (None, "16"):
             raise UsageError(f"scheme `{text}` asks for {match['activation']}-bit activations, which have names of "
                              f"their own: {', '.join(name for name, scheme in PRESETS.items() if scheme.activation)}")
@@ -113,6 +142,9 @@ class QuantScheme:
 
     def stored_bits(self, out_features: int, in_features: int) -> int:
         """Bits of codes, scales and zero points together (the honest size, before word padding)."""
+        if self.data_type in BLOCK_TYPES:
+            kind = BLOCK_TYPES[self.data_type]
+            return 8 * out_features * -(-in_features // kind.block) * kind.block_bytes
         groups = self.row_groups(out_features) * self.groups(in_features)
         zero_point = self.bits if self.data_type == "int" else 0
         return out_features * in_features * self.bits + groups * (_SCALE_BITS.get(self.data_type, 16) + zero_point)
@@ -137,4 +169,12 @@ PRESETS: dict[str, QuantScheme] = {
     "NVFP4": _float(4, 16, "nv_fp"),
     "MXFP4A16": QuantScheme(4, 32, data_type="mx_fp"),
     "NVFP4A16": QuantScheme(4, 16, data_type="nv_fp"),
+}
+# ggml's types by their names; the numbers of Q4_0, Q5_0 and Q8_0 are those of ordinary schemes, and print as such
+GGUF_TYPES: dict[str, QuantScheme] = {
+    **{f"GGUF:Q{bits}_0": QuantScheme(bits, 32) for bits in (4, 5, 8)},
+    **{
+        f"GGUF:{name.upper()}": QuantScheme(kind.bits, kind.group_size, kind.sym, name)
+        for name, kind in BLOCK_TYPES.items()
+    },
 }

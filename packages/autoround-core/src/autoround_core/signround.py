@@ -18,6 +18,7 @@ import torch
 
 from autoround_core.algorithm import Algorithm, Block, BlockResult, Run
 from autoround_core.family import TunableWeight
+from autoround_core.rtn import channel_importance
 
 _CHECKS = 5
 
@@ -29,10 +30,7 @@ class SignRound(Algorithm):
 
     def quantize_block(self, block: Block, run: Run) -> BlockResult:
         settings = run.settings
-        tunables = {
-            name: block.families[name].tunable(weight, block.schemes[name])
-            for name, weight in block.weights.items()
-        }
+        tunables = _tunables(block)
         rates = {name: settings.rates(block.schemes[name].bits) for name in tunables}
         batches = _batches(block.samples, settings.batch_size * settings.gradient_accumulate_steps, run.seed)
         keeper = _Keeper(tunables, block.error(_weights(block, tunables), block.validation))
@@ -46,6 +44,16 @@ class SignRound(Algorithm):
         keeper.restore()
         weights = {name: tunable.finish() for name, tunable in tunables.items()}
         return BlockResult(weights, steps=settings.iters, best_step=keeper.step)
+
+
+def _tunables(block: Block) -> dict[str, TunableWeight]:
+    searched = any(block.families[name].starts_from_search for name in block.schemes)
+    importance, _ = channel_importance(block) if searched else ({}, ())
+    return {
+        name: family.tunable_from(weight, block.schemes[name], importance[name]) if family.starts_from_search
+        else family.tunable(weight, block.schemes[name])
+        for name, weight, family in ((name, weight, block.families[name]) for name, weight in block.weights.items())
+    }
 
 
 def _check_steps(iters: int) -> set[int]:

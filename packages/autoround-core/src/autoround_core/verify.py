@@ -7,7 +7,6 @@ returned; then the checkpoint is loaded and a short forward pass is compared wit
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -36,15 +35,20 @@ class Expectation:
         if self._dense_dtype is not None:
             self._dense[layer.name] = _digest(layer.weight.dequantize(self._dense_dtype))
 
-    def check_layers(self, fmt: CheckpointFormat, directory: Path, transposed: set[str]) -> int:
-        """Compare every layer; return how many. Raises VerificationError naming the first that differs."""
+    def check_layers(
+        self, fmt: CheckpointFormat, directory: Path, transposed: set[str], absent: frozenset[str] = frozenset()
+    ) -> int:
+        """Compare every layer; return how many. Raises VerificationError naming the first that differs.
+
+        absent: layers that this format was not given.
+        """
         reader = fmt.read(directory)
         found: dict[str, str] = {}
         if fmt.stores_records:
             found = {layer.name: _layer_digest(layer) for layer in reader.layers()}
-            expected: Mapping[str, str] = self._records
+            expected = {name: digest for name, digest in self._records.items() if name not in absent}
         else:
-            expected = self._dense
+            expected = {name: digest for name, digest in self._dense.items() if name not in absent}
             for name, tensor in reader.rest():
                 layer = name.removesuffix(".weight")
                 if layer in expected:

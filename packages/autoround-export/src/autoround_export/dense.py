@@ -29,6 +29,7 @@ class DenseFormat(CheckpointFormat):
     name = "dense"
     summary = "the dequantized 16-bit model, for evaluation anywhere"
     stores_records = False
+    stores_outer = True
 
     def why_not(self, spec: LinearSpec) -> str | None:
         return None

@@ -11,7 +11,16 @@ def autoround_formats():
     from autoround_export.auto_gptq import AutoGptqFormat
     from autoround_export.auto_round import AutoRoundFormat
     from autoround_export.dense import DenseFormat
+    from autoround_export.gguf.format import GgufFormat
     from autoround_export.llm_compressor import LlmCompressorFormat
     from autoround_export.mlx import MlxFormat
 
-    return [AutoRoundFormat(), AutoGptqFormat(), AutoAwqFormat(), LlmCompressorFormat(), MlxFormat(), DenseFormat()]
+    return [AutoRoundFormat(), AutoGptqFormat(), AutoAwqFormat(), LlmCompressorFormat(), MlxFormat(), GgufFormat(),
+            DenseFormat()]
+
+
+@hookimpl
+def autoround_number_families():
+    from autoround_export.gguf.families import super_block_families
+
+    return super_block_families()
