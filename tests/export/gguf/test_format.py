@@ -11,7 +11,16 @@ import pytest
 import torch
 import transformers
 
-from autoround_core import AutoRound, CheckpointError, Target, UnknownNameError, UnsupportedError, UsageError, load
+from autoround_core import (
+    AutoRound,
+    CheckpointError,
+    Target,
+    UnknownNameError,
+    UnsupportedError,
+    UsageError,
+    convert,
+    load,
+)
 from autoround_core.loading import describe, find_format
 from autoround_export.gguf.architectures import outline
 from autoround_export.gguf.format import GgufFormat
@@ -250,3 +259,32 @@ def test_recognizes_and_answers(tmp_path):
         fmt.read(tmp_path)
     assert fmt.verdict(Target.parse("llamacpp"), []).refusal is None
     assert fmt.verdict(Target.parse("vllm"), []).refusal
+
+
+@pytest.mark.parametrize(("scheme", "file_type"), [("W4G32", "q4_0"), ("W5G32", "q5_0"), ("W8G32", "q8_0")])
+def test_conversion_there_and_back(scheme, file_type, tmp_path):
+    source = AutoRound(str(TINY), recipe="rtn", scheme=scheme).quantize_and_save(tmp_path / "in", "auto_round")
+    out = convert(source, tmp_path / "out", f"gguf:{file_type}")
+    back = convert(next(out.glob("*.gguf")), tmp_path / "back", "auto_round")
+    first, second, third = ({layer.name: layer.weight.digest() for layer in find_format(path).read(path).layers()}
+                            for path in (source, out, back))
+    assert first == second == third
+    # what was in 16 bits stays so
+    tensors = {tensor.name: tensor.tensor_type.name for tensor in file_of(out).tensors}
+    assert tensors["token_embd.weight"] == "BF16"
+    original, again = (load(path, dtype=torch.float32, backend="reference").state_dict() for path in (source, back))
+    assert all(torch.equal(again[name], tensor) for name, tensor in original.items())
+
+
+def test_conversions_that_would_round_are_refused(tmp_path):
+    source = AutoRound(str(TINY), recipe="rtn", scheme="W4G32").quantize_and_save(tmp_path / "in", "auto_round")
+    with pytest.raises(UnsupportedError, match="file type q4_k_m is made of Q4_K, and the layers are Q4_0"):
+        convert(source, tmp_path / "out", "gguf:q4_k_m")
+    out = AutoRound(str(TINY), recipe="rtn").quantize_and_save(tmp_path / "q4", "gguf:q4_k_m")
+    with pytest.raises(UnsupportedError, match="cannot be stored in auto_gptq"):
+        convert(out, tmp_path / "out", "auto_gptq")
+    assert not (tmp_path / "out").exists()
+    # the dequantized weights of any file are an ordinary model
+    dense = convert(out, tmp_path / "dense", "dense")
+    expected, found = (load(path, dtype=torch.float32).state_dict() for path in (out, dense))
+    assert all(torch.equal(found[name], tensor.bfloat16().float()) for name, tensor in expected.items())

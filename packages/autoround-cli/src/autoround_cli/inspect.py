@@ -17,7 +17,7 @@ def info(checkpoint: str) -> None:
 
     description = describe(checkpoint)
     rows = [[f"{count} layers", scheme, f"{size:,}"] for scheme, (count, size) in description.schemes.items()]
-    rows.append([f"{description.rest_tensors} other tensors", "16 bit", f"{description.rest_bytes:,}"])
+    rows.append([f"{description.rest_tensors} other tensors", "not quantized", f"{description.rest_bytes:,}"])
     click.echo(
         f"format {description.format}, {description.model_type}, {description.total_bytes:,} bytes in all, "
         f"{description.bits_per_weight:.3f} bits per quantized weight"

@@ -62,12 +62,14 @@ class Block(ABC):
 
 @dataclass(frozen=True, slots=True)
 class BlockResult:
-    """weights: the records, one per layer of the block. steps: optimizer steps done. best_step: the one kept."""
+    """weights: the records, one per layer of the block. steps: optimizer steps done. best_step: the one kept.
+    start_error: on the validation rows, where tuning began; None if nothing was tuned."""
 
     weights: dict[str, QuantizedWeight]
     steps: int = 0
     best_step: int = 0
     notes: tuple[str, ...] = ()
+    start_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ def convert(
         raise UsageError(f"`{source}` holds no quantized layers; make some with `autoround quantize`")
     _check(target, quantized)
     with found.home(source) as home, output as work:
-        context = _context(home, reader, quantized, trust_remote_code=trust_remote_code)
+        context = _context(home, source.resolve().stem, reader, quantized, trust_remote_code=trust_remote_code)
         expectation = Expectation(None if target.stores_records else context.dtype)
         writer = target.open(work, context)
         for layer in reader.layers():
@@ -51,10 +51,6 @@ def convert(
     return output.final
 
 
-def _name(home: Path) -> str:
-    return home.resolve().name or "model"
-
-
 def _check(target: CheckpointFormat, quantized: Mapping[str, LinearSpec]) -> None:
     for name, spec in quantized.items():
         if reason := target.why_not(spec):
@@ -64,7 +60,7 @@ def _check(target: CheckpointFormat, quantized: Mapping[str, LinearSpec]) -> Non
 
 
 def _context(
-    home: Path, reader: CheckpointReader, quantized: Mapping[str, LinearSpec], *, trust_remote_code: bool
+    home: Path, name: str, reader: CheckpointReader, quantized: Mapping[str, LinearSpec], *, trust_remote_code: bool
 ) -> CheckpointContext:
     """What a writer wants to know, as far as a checkpoint tells: the default is the scheme of most layers."""
     config = {key: value for key, value in reader.config.items() if key not in _SECTIONS}
@@ -84,5 +80,5 @@ def _context(
         transposed=[site.name for site in view.sites() if site.transposed and site.expert is None],
         dtype=view.model.dtype,
         settings=TuningSettings(),
-        model=ModelOutline(config, stored_shapes(adapter, view), home, {}, calibrated=False, name=_name(home)),
+        model=ModelOutline(config, stored_shapes(adapter, view), home, {}, calibrated=False, name=name),
     )

@@ -37,7 +37,8 @@ class LayerOutcome:
 
 @dataclass(frozen=True, slots=True)
 class BlockOutcome:
-    """A finished block. before: output error of round-to-nearest, after: of what was kept; None without data."""
+    """A finished block. before: output error of round-to-nearest (of searched scales, where a family begins with
+    them), after: of what was kept; None without data."""
 
     name: str
     layers: tuple[LayerOutcome, ...]
@@ -187,12 +188,16 @@ class BlockDriver:
         """(result, error of round-to-nearest, error of the result), errors on the validation slice."""
         if not block.schemes:
             return BlockResult({}), None, None
-        start = {name: self._round_to_nearest(block, name) for name in block.weights}
+        searched = {name for name in block.weights if block.families[name].starts_from_search}
+        rounded = {name: self._round_to_nearest(block, name) for name in block.weights if name not in searched}
         run = Run(self._settings, seed=self._settings.seed * 1_000_003 + index, progress=self._progress.step)
         result = self._algorithm.quantize_block(block, run)
         if not block.samples:
             return result, None, None
-        before, after = (self._error(block, weights) for weights in (start, result.weights))
+        # what begins with searched scales has nothing before them to go back to
+        start = {name: rounded.get(name, record) for name, record in result.weights.items()}
+        after = self._error(block, result.weights)
+        before = self._error(block, start) if rounded else result.start_error or after
         if after <= before:
             return result, before, after
         note = f"{block.name}: tuning did not help (error {after:.3g}, was {before:.3g}); rounded to nearest"

@@ -33,7 +33,8 @@ class SignRound(Algorithm):
         tunables = _tunables(block)
         rates = {name: settings.rates(block.schemes[name].bits) for name in tunables}
         batches = _batches(block.samples, settings.batch_size * settings.gradient_accumulate_steps, run.seed)
-        keeper = _Keeper(tunables, block.error(_weights(block, tunables), block.validation))
+        start_error = block.error(_weights(block, tunables), block.validation)
+        keeper = _Keeper(tunables, start_error)
         checks = _check_steps(settings.iters)
         for step in range(settings.iters):
             _set_gradients(block, tunables, next(batches))
@@ -43,7 +44,7 @@ class SignRound(Algorithm):
             run.progress(step + 1, settings.iters, keeper.error)
         keeper.restore()
         weights = {name: tunable.finish() for name, tunable in tunables.items()}
-        return BlockResult(weights, steps=settings.iters, best_step=keeper.step)
+        return BlockResult(weights, steps=settings.iters, best_step=keeper.step, start_error=start_error)
 
 
 def _tunables(block: Block) -> dict[str, TunableWeight]:

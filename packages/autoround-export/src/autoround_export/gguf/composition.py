@@ -29,8 +29,7 @@ def compose(model: ModelOutline) -> Outline:
     A model type outside our table goes through the llama.cpp checkout that LLAMA_CPP_ROOT names, if any.
     """
     pre = model.options.get("gguf_pre")
-    root = checkout()
-    if not in_table(model.config) and root is not None:
+    if not in_table(model.config) and (root := checkout()) is not None:
         return _through_checkout(model, root, pre)
     found = architectures.outline(model.config, model.shapes)
     if model.directory is None:

@@ -17,7 +17,7 @@ import torch
 from autoround_core import LinearSpec, NumberFamily, QuantScheme, SuperBlockWeight, TunableWeight
 from autoround_core.scheme import BLOCK_TYPES
 from autoround_core.superblock import group_grid
-from autoround_export.gguf.search import Fit, fit
+from autoround_export.gguf.search import CHUNK_WEIGHTS, Fit, fit
 
 
 class SuperBlockFamily(NumberFamily):
@@ -41,10 +41,10 @@ class SuperBlockFamily(NumberFamily):
         return self.why_not(spec.scheme)
 
     def round_to_nearest(self, weight: torch.Tensor, scheme: QuantScheme) -> SuperBlockWeight:
-        return TunableSuperBlock(weight, scheme, fit(weight, scheme.data_type)).finish()
+        return _nearest(weight, scheme, fit(weight, scheme.data_type))
 
     def search(self, weight: torch.Tensor, scheme: QuantScheme, importance: torch.Tensor) -> SuperBlockWeight:
-        return self.tunable_from(weight, scheme, importance).finish()
+        return _nearest(weight, scheme, fit(weight, scheme.data_type, importance))
 
     def tunable(self, weight: torch.Tensor, scheme: QuantScheme) -> TunableWeight:
         return TunableSuperBlock(weight, scheme, fit(weight, scheme.data_type))
@@ -57,6 +57,32 @@ def super_block_families() -> Iterable[NumberFamily]:
     return [SuperBlockFamily(data_type) for data_type in BLOCK_TYPES]
 
 
+@torch.no_grad()
+def _nearest(weight: torch.Tensor, scheme: QuantScheme, found: Fit) -> SuperBlockWeight:
+    """The record of the nearest codes, some rows at a time: an embedding in float32 may be larger than the model."""
+    step, shift = group_grid(found.scale, found.minimum, found.sub_scale, found.sub_minimum)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    low, top = _code_range(scheme)
+    for rows in torch.arange(len(weight)).split(max(1, CHUNK_WEIGHTS // weight.shape[1])):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        places = _places(weight[part], step[part], None if shift is None else shift[part])
+        codes[part] = places.round_().clamp_(low, top).sub_(low).view(len(rows), -1)
+    return SuperBlockWeight(scheme, codes, found.scale, found.minimum, found.sub_scale, found.sub_minimum)
+
+
+def _places(weight: torch.Tensor, step: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+    """(w + m) / s, where an unrounded code would be, float32 [out, groups, group_size]; 0 where s is 0."""
+    groups = weight.to(torch.float32).reshape(*step.shape, -1)
+    inverse = torch.where(step == 0, 0.0, 1.0 / step).unsqueeze(-1)
+    return groups * inverse if shift is None else (groups + shift.unsqueeze(-1)) * inverse
+
+
+def _code_range(scheme: QuantScheme) -> tuple[int, int]:
+    """(least, greatest) code relative to zero."""
+    zero = 2 ** (scheme.bits - 1) if scheme.sym else 0
+    return -zero, 2**scheme.bits - 1 - zero
+
+
 class TunableSuperBlock(TunableWeight):
     """A weight with fixed scales and the tuned offsets V (`rounding`)."""
 
@@ -65,14 +91,10 @@ class TunableSuperBlock(TunableWeight):
     def __init__(self, weight: torch.Tensor, scheme: QuantScheme, found: Fit) -> None:
         self._scheme, self._fit, self._shape = scheme, found, weight.shape
         step, shift = group_grid(found.scale, found.minimum, found.sub_scale, found.sub_minimum)
-        groups = weight.to(torch.float32).reshape(*step.shape, -1)
         self._step, self._shift = step.unsqueeze(-1), None if shift is None else shift.unsqueeze(-1)
-        inverse = torch.where(step == 0, 0.0, 1.0 / step).unsqueeze(-1)
-        # (w + m) / s, where an unrounded code would be
-        self._places = groups * inverse if shift is None else (groups + self._shift) * inverse
-        zero = 2 ** (scheme.bits - 1) if scheme.sym else 0
-        self._low, self._top = -zero, 2**scheme.bits - 1 - zero
-        self.rounding = torch.zeros_like(groups, requires_grad=True)
+        self._places = _places(weight, step, shift)
+        self._low, self._top = _code_range(scheme)
+        self.rounding = torch.zeros_like(self._places, requires_grad=True)
 
     def fake_quantize(self) -> torch.Tensor:
         values = _FakeQuantize.apply(self.rounding, self._places, self._step, self._shift, self._low, self._top)

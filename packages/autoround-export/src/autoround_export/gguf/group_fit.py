@@ -16,8 +16,9 @@ import torch
 
 from autoround_core.scheme import BlockType
 
-_SHRINKAGE = [i / 20 for i in range(-18, 19)]  # of the range's steps, asymmetric
-_STRETCH = [i / 10 for i in range(-9, 10)]  # symmetric
+# of the range's steps, asymmetric and symmetric: half as many as in ggml, for the refinement finds what lies between
+_SHRINKAGE = [i / 10 for i in range(-9, 10)]
+_STRETCH = [i / 5 for i in range(-4, 5)]
 TINY = 1e-30
 
 
@@ -52,7 +53,9 @@ class Columns:
     def sums(self, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(sum w l, sum w l^2, sum w l x) of each group, for codes l; what a least squares fit needs of them."""
         weighted = codes * self.w
-        return weighted.sum(0), weighted.mul_(codes).sum(0), (codes * self.wx).sum(0)
+        sum_l = weighted.sum(0)
+        sum_ll = weighted.mul_(codes).sum(0)
+        return sum_l, sum_ll, torch.mul(codes, self.wx, out=weighted).sum(0)
 
     def by_block(self, groups: torch.Tensor) -> torch.Tensor:
         """[groups] to [blocks, groups of a block]."""

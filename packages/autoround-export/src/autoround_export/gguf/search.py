@@ -16,7 +16,8 @@ from autoround_core.scheme import BLOCK_TYPES, BlockType
 from autoround_export.gguf.block_grid import block_grid
 from autoround_export.gguf.group_fit import Columns
 
-_CHUNK_GROUPS = 4096
+# large enough that a step is work and not overhead, small enough that its temporaries stay in the cache
+CHUNK_WEIGHTS = 2**18
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ def fit(weight: torch.Tensor, data_type: str, importance: torch.Tensor | None = 
     """
     kind = BLOCK_TYPES[data_type]
     grids = []
-    for rows in _chunks(weight, kind):
+    for rows in _chunks(weight):
         weights = _error_weights(rows, data_type, kind, importance)
         grids.append(block_grid(Columns(_turned(rows, kind), _turned(weights, kind), kind)).stored(len(rows)))
     parts = [None if part[0] is None else torch.cat(part) for part in zip(*grids, strict=True)]
@@ -47,9 +48,8 @@ def fit(weight: torch.Tensor, data_type: str, importance: torch.Tensor | None = 
     return Fit(*parts)
 
 
-def _chunks(weight: torch.Tensor, kind: BlockType) -> Iterator[torch.Tensor]:
-    groups_in_row = weight.shape[1] // kind.group_size
-    for rows in weight.split(max(1, _CHUNK_GROUPS // groups_in_row)):
+def _chunks(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    for rows in weight.split(max(1, CHUNK_WEIGHTS // weight.shape[1])):
         yield rows.to(torch.float32)
 
 
