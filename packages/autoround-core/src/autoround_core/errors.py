@@ -8,7 +8,8 @@ what is allowed and what to do.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class AutoRoundError(Exception):
@@ -59,6 +60,15 @@ class PluginError(AutoRoundError):
 
 class VerificationError(AutoRoundError):
     """What was saved differs from what was meant."""
+
+
+@contextmanager
+def in_layer(name: str) -> Iterator[None]:
+    """Let an UnsupportedError from numerics say which layer it is about."""
+    try:
+        yield
+    except UnsupportedError as error:
+        raise UnsupportedError(f"layer `{name}`: {error}") from None
 
 
 def unknown_name(kind: str, given: str, known: Iterable[str], note: str = "") -> UnknownNameError:

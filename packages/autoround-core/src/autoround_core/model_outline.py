@@ -26,11 +26,11 @@ def outline(
 ) -> ModelOutline:
     """Raises UsageError for an option that none of the formats has."""
     known = {name for fmt in formats for name in fmt.option_names}
-    for name in options:
+    for option in options:
         if not known:
-            raise UsageError(f"option `{name}` is for no format of this run ({', '.join(f.name for f in formats)})")
-        if name not in known:
-            raise unknown_name("format option", name, known)
+            raise UsageError(f"option `{option}` is for no format of this run ({', '.join(f.name for f in formats)})")
+        if option not in known:
+            raise unknown_name("format option", option, known)
     alone, name = len(formats) < 2, re.sub(r"[^\w.-]+", "-", Path(name).name) or "model"
     return ModelOutline(config, stored_shapes(adapter, view), directory, options, calibrated, alone, name)
 

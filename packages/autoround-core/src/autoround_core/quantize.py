@@ -17,7 +17,7 @@ from autoround_core.adapter import BlockView, LinearSite, ModelView
 from autoround_core.algorithm import Algorithm, BlockResult, Run
 from autoround_core.capture import PLAIN_CALL, BlockCall, capture, head_inputs
 from autoround_core.compute import Compute
-from autoround_core.errors import NonFiniteError, UnsupportedError
+from autoround_core.errors import NonFiniteError, in_layer
 from autoround_core.family import NumberFamily
 from autoround_core.model_block import ModelBlock
 from autoround_core.plan import Plan
@@ -117,12 +117,10 @@ class BlockDriver:
         parameter = self._view.parameter(site).detach()
         weight, scheme = site.read(parameter).to(self._compute.device), self._schemes[site.name]
         family = self._families[scheme.data_type]
-        if inputs is not None:
-            record = family.search(weight, scheme, importance_of(_mean_square(inputs).to(weight.device)))
-        elif calibrated:
-            record = family.search(weight, scheme, torch.ones(site.in_features, device=weight.device))
-        else:
-            record = family.round_to_nearest(weight, scheme)
+        importance = torch.ones(site.in_features) if inputs is None else importance_of(_mean_square(inputs))
+        with in_layer(site.name):
+            record = (family.search(weight, scheme, importance.to(weight.device)) if calibrated
+                      else family.round_to_nearest(weight, scheme))
         layer = self._layer(site.name, weight, record, None)
         site.read(parameter).copy_(record.dequantize(torch.float32))
         return BlockOutcome(site.name, (layer,), None, None, 0, 0, time.perf_counter() - start, ())
@@ -206,10 +204,8 @@ class BlockDriver:
 
     def _round_to_nearest(self, block: ModelBlock, name: str) -> QuantizedWeight:
         """Where every algorithm begins; what cannot even be rounded is refused by name before any tuning."""
-        try:
+        with in_layer(name):
             return block.families[name].round_to_nearest(block.weights[name], block.schemes[name])
-        except UnsupportedError as error:
-            raise UnsupportedError(f"layer `{name}`: {error}") from None
 
     @staticmethod
     def _error(block: ModelBlock, weights: Mapping[str, QuantizedWeight]) -> float:

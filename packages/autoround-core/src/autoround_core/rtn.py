@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from autoround_core.algorithm import Algorithm, Block, BlockResult, Run
+from autoround_core.errors import in_layer
 
 
 class RoundToNearest(Algorithm):
@@ -30,8 +31,10 @@ class SearchedScales(Algorithm):
 
     def quantize_block(self, block: Block, run: Run) -> BlockResult:
         importance, notes = channel_importance(block)
-        weights = {name: block.families[name].search(weight, block.schemes[name], importance[name])
-                   for name, weight in block.weights.items()}
+        weights = {}
+        for name, weight in block.weights.items():
+            with in_layer(name):
+                weights[name] = block.families[name].search(weight, block.schemes[name], importance[name])
         return BlockResult(weights, notes=notes)
 
 

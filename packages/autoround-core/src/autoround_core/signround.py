@@ -17,6 +17,7 @@ import random
 import torch
 
 from autoround_core.algorithm import Algorithm, Block, BlockResult, Run
+from autoround_core.errors import in_layer
 from autoround_core.family import TunableWeight
 from autoround_core.rtn import channel_importance
 
@@ -50,11 +51,13 @@ class SignRound(Algorithm):
 def _tunables(block: Block) -> dict[str, TunableWeight]:
     searched = any(block.families[name].starts_from_search for name in block.schemes)
     importance, _ = channel_importance(block) if searched else ({}, ())
-    return {
-        name: family.tunable_from(weight, block.schemes[name], importance[name]) if family.starts_from_search
-        else family.tunable(weight, block.schemes[name])
-        for name, weight, family in ((name, weight, block.families[name]) for name, weight in block.weights.items())
-    }
+    tunables = {}
+    for name, weight in block.weights.items():
+        family, scheme = block.families[name], block.schemes[name]
+        with in_layer(name):
+            tunables[name] = (family.tunable_from(weight, scheme, importance[name]) if family.starts_from_search
+                              else family.tunable(weight, scheme))
+    return tunables
 
 
 def _check_steps(iters: int) -> set[int]:

@@ -65,17 +65,17 @@ def mixture_types(file_type: str, outline: Outline, *, importance: bool) -> dict
     facts = MixtureFacts(
         name,
         blocks=fields[f"{name}.block_count"],
-        heads=_largest(fields.get(f"{name}.attention.head_count", 0)),
-        kv_heads=_largest(fields.get(f"{name}.attention.head_count_kv", 0)),
+        heads=_of_first_block(fields.get(f"{name}.attention.head_count", 0)),
+        kv_heads=_of_first_block(fields.get(f"{name}.attention.head_count_kv", 0)),
         experts=fields.get(f"{name}.expert_count", 0),
         importance=importance,
     )
     return choose_types(file_type, {tensor.name: tensor.shape for tensor in outline.tensors}, facts)
 
 
-def _largest(count: int | list[int]) -> int:
-    """Some models have another number of heads in each block."""
-    return max(count) if isinstance(count, list) else count
+def _of_first_block(count: int | list[int]) -> int:
+    """Some models have another number of heads in each block; llama.cpp asks the first."""
+    return count[0] if isinstance(count, list) else count
 
 
 def scheme_choices(file_type: str, outline: Outline, types: Mapping[str, str], matrices: Iterable[str]

@@ -36,11 +36,18 @@ FILE_TYPES: dict[str, FileType] = {
 
 # parts of names whose matrices decide much with little, and stay in float32
 _PRECISE = (
-    "_norm.weight", "ffn_gate_inp.weight", "altup", "laurel", "per_layer_model_proj", "ssm_conv1d",
-    "shortconv.conv.weight", "attn_rel_b.weight", ".position_embd", ".patch_embd", ".patch_merger",
-    "time_mix_first.weight", "time_mix_lerp_fused.weight", "time_mix_decay_w",
+    "_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj",
+    "ssm_conv1d", "shortconv.conv.weight", "attn_rel_b.weight", ".rel_pos", ".position_embd", ".patch_embd",
+    ".patch_merger", "sam.pos_embd", "sam.neck.", "sam.net_", "indexer.k_proj.weight", "indexer.q_proj.weight",
+    "a.rvq.codebook", "mm.a.code_embd", "time_mix_first.weight", "time_mix_lerp_fused.weight", "time_mix_decay_w",
+    *(f"time_mix_{part}.weight" for part in ("w0", "w1", "w2", "v0", "v1", "v2", "a0", "a1", "a2", "g1", "g2")),
 )
+_PRECISE_NAMES = ("position_embd.weight", "token_types.weight")
 OUTPUT, EMBEDDING = "output.weight", "token_embd.weight"
+_EMBEDDINGS = (EMBEDDING, "per_layer_token_embd.weight")
+# models of 70 billion parameters, whose values are so few that more bits cost nothing: (architecture, blocks), and
+# whether the heads must share their keys and values
+_LARGE = {("llama", 80): True, ("qwen2", 80): False, ("olmo", 80): False, ("deci", 80): False, ("jais2", 68): False}
 _KINDS = {
     "attn_qkv.weight": "value", "attn_kv_b.weight": "value", "attn_v.weight": "value", "attn_k.weight": "key",
     "attn_output.weight": "attention", "ffn_down": "down",
@@ -71,7 +78,9 @@ def choose_types(file_type: str, shapes: Mapping[str, tuple[int, ...]], facts: M
 
 def is_quantizable(name: str, shape: tuple[int, ...]) -> bool:
     """Whether llama.cpp would quantize this tensor at all; all others are float32."""
-    return len(shape) >= 2 and name.endswith("weight") and not any(part in name for part in _PRECISE)
+    axes = len(shape) - next((i for i, size in enumerate(shape) if size != 1), len(shape))  # outer ones do not count
+    precise = name in _PRECISE_NAMES or any(part in name for part in _PRECISE)
+    return axes >= 2 and name.endswith("weight") and not precise
 
 
 def fitting(kind: str, row: int) -> str:
@@ -110,7 +119,7 @@ class _Mixture:
         return result
 
     def _kind(self, name: str) -> str:
-        if name == OUTPUT or (name == EMBEDDING and OUTPUT not in self._shapes):
+        if name == OUTPUT or (name in _EMBEDDINGS and OUTPUT not in self._shapes):
             return "output"
         return next((kind for part, kind in _KINDS.items() if part in name), "other")
 
@@ -150,8 +159,8 @@ class _Mixture:
             kind = "Q6_K"
         elif file_type == "q4_k_s" and index < 4:
             kind = "Q5_K"
-        # the model of 70 billion parameters has so few values that more bits cost nothing
-        large = facts.architecture == "llama" and facts.blocks == 80 and facts.heads != facts.kv_heads
+        must_share = _LARGE.get((facts.architecture, facts.blocks))
+        large = must_share is not None and (not must_share or facts.heads != facts.kv_heads)
         return "Q5_K" if large and kind in ("Q3_K", "Q4_K") else kind
 
     def _down(self, index: int) -> str:

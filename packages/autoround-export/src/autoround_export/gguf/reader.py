@@ -62,7 +62,7 @@ class GgufReader(CheckpointReader):
             yield QuantizedLayer(
                 name,
                 layout.unpack({"blocks": blocks}, layout.scheme),
-                self._float(bias) if bias in self._sources else None,
+                self._float(bias) if bias in self._sources else self._elsewhere.get(bias),
             )
 
     def rest(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -71,7 +71,8 @@ class GgufReader(CheckpointReader):
             layer, _, kind = name.rpartition(".")
             if places[0].typed.type not in LAYOUTS and not (kind == "bias" and layer in quantized):
                 yield name, self._float(name)
-        yield from self._elsewhere.items()
+        biases = {f"{name}.bias" for name in quantized}
+        yield from ((name, tensor) for name, tensor in self._elsewhere.items() if name not in biases)
 
     def _float(self, name: str) -> torch.Tensor:
         place = self._sources[name][0].typed

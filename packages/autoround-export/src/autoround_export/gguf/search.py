@@ -59,9 +59,8 @@ def _turned(rows: torch.Tensor, kind: BlockType) -> torch.Tensor:
 
 
 def _error_weights(rows, data_type: str, kind: BlockType, importance: torch.Tensor | None) -> torch.Tensor:
-    """What an error counts, [r, in]: the importance of its channel; at 4 and 5 bits, and where no importance is known,
-    errors of large weights count more, as in ggml. At 2 and 3 bits, and at 6 as in ggml, that would only do harm: see
-    docs/algorithms.md.
+    """What an error counts, [r, in]: the importance of its channel, and more for large weights. ggml multiplies by the
+    root of a weight's square and its block's mean square; the root of that root is better, see docs/algorithms.md.
     """
     squares = rows.square()
     if importance is None:
@@ -73,9 +72,9 @@ def _error_weights(rows, data_type: str, kind: BlockType, importance: torch.Tens
             return squares
         groups = squares.view(len(rows), -1, kind.group_size)
         return (groups.mean(-1, keepdim=True).sqrt() + groups.sqrt()).view_as(rows)
-    if kind.group_size == 16:
+    if data_type == "q6_k":
         return importance.to(rows).expand_as(rows)
     two_levels = kind.block > kind.group_size
     blocks = squares.view(len(rows), -1, kind.block if two_levels else rows.shape[1])
     mean = blocks.mean(-1, keepdim=True)
-    return (blocks + (2 * mean if two_levels else mean)).sqrt_().view_as(rows).mul_(importance.to(rows))
+    return (blocks + 2 * mean).sqrt_().sqrt_().view_as(rows).mul_(importance.to(rows))
