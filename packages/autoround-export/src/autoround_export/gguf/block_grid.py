@@ -14,7 +14,8 @@ import torch
 
 from autoround_export.gguf.group_fit import TINY, Columns, fit_asymmetric, fit_symmetric, signed_scales, solve
 
-_REFINEMENTS = 2
+_REFINEMENTS = 3
+_REFINEMENTS_OF_SIX_BITS = 1  # steps so fine leave little to win
 _NEIGHBOURS = (0, -1, 1)
 _STRETCH = [i / 10 for i in range(-4, 5)]
 # greatest sub-scale by (bits, symmetric); symmetric ones run from -top - 1
@@ -48,7 +49,7 @@ def block_grid(columns: Columns) -> Grid:
     if columns.per_block == 1:
         return _one_level(columns)
     grid = _rounded(columns)
-    for _ in range(_REFINEMENTS):
+    for _ in range(_REFINEMENTS_OF_SIX_BITS if columns.kind.bits == 6 else _REFINEMENTS):
         grid = _better(grid, _refined(grid, columns), columns)
     return grid
 

@@ -16,9 +16,9 @@ import torch
 
 from autoround_core.scheme import BlockType
 
-# of the range's steps, asymmetric and symmetric: half as many as in ggml, for the refinement finds what lies between
+# of the range's steps; of asymmetric ones ggml tries twice as many, and the refinement finds what lies between
 _SHRINKAGE = [i / 10 for i in range(-9, 10)]
-_STRETCH = [i / 5 for i in range(-4, 5)]
+_STRETCH = [i / 10 for i in range(-9, 10)]  # symmetric
 TINY = 1e-30
 
 
