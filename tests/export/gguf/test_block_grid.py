@@ -81,7 +81,8 @@ def test_a_refinement_never_loses_and_wins_something(data_type, monkeypatch):
     found = columns(data_type)
     errors = []
     for rounds in (0, 1, 2, 4):
-        monkeypatch.setattr(module, "_REFINEMENTS", rounds)
+        for name in ("_REFINEMENTS", "_REFINEMENTS_OF_SIX_BITS"):
+            monkeypatch.setattr(module, name, rounds)
         errors.append(stored_errors(block_grid(found), found))
     for before, after in pairwise(errors):
         assert (after <= before * (1 + 1e-5) + 1e-12 * energies(found)).all()
