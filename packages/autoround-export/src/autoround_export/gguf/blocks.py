@@ -1,14 +1,6 @@
 """The byte layouts of ggml's blocks, one TensorLayout per type; every number little-endian, rows of whole blocks.
 
-d, m (dmin): float16. A plane of few bits keeps elements that lie a stride apart in one byte, which is what the kernels
-of llama.cpp unpack fastest:
-
-    nibbles 32    byte j of 16: element j low, j + 16 high                              Q4_0 Q4_1 Q5_0 Q5_1
-    nibbles 64    of each 64 elements, byte j of 32: element j low, j + 32 high         Q4_K Q5_K
-    nibbles 128   of each 128 elements, byte j of 64: element j low, j + 64 high        Q6_K
-    crumbs        of each 128 elements, byte j of 32: j, j + 32, j + 64, j + 96, two bits each     Q2_K Q3_K Q6_K
-    bits          byte j of 32: bit k is element 32 k + j                               Q3_K Q5_K
-    bits 32       bit i of 4 bytes is element i                                         Q5_0 Q5_1
+The planes in which codes lie are those of `planes`; d, m and dmin are float16.
 """
 
 from __future__ import annotations
@@ -29,6 +21,20 @@ from autoround_core import (
     TensorLayout,
 )
 from autoround_core.scheme import BLOCK_TYPES, GGUF_TYPES
+from autoround_export.gguf.planes import (
+    five_or_four,
+    from_bytes,
+    high_bits,
+    joined,
+    pack_bits_plane,
+    pack_crumbs,
+    pack_nibbles,
+    parted,
+    to_bytes,
+    unpack_bits_plane,
+    unpack_crumbs,
+    unpack_nibbles,
+)
 
 
 class BlockLayout(TensorLayout):
@@ -88,12 +94,12 @@ class _Affine(BlockLayout):
         if weight.scale.dtype != torch.float16 and not torch.equal(weight.scale.half().to(weight.scale), weight.scale):
             raise CheckpointError(f"a scale is {weight.scale.dtype} and no float16 number, as {self.name} stores it")
         bits = self.scheme.bits
-        planes = [codes ^ 128] if bits == 8 else [*_high_bits(codes, bits), pack_nibbles(codes & 15, 32)]
+        planes = [codes ^ 128] if bits == 8 else [*high_bits(codes, bits), pack_nibbles(codes & 15, 32)]
         return [to_bytes(weight.scale.half()), *planes]
 
     def _record(self, blocks: torch.Tensor, rows: int) -> AffineWeight:
         scale, fields, bits = from_bytes(blocks[:, :2]), blocks[:, 2:], self.scheme.bits
-        codes = fields ^ 128 if bits == 8 else _five_or_four(fields, bits)
+        codes = fields ^ 128 if bits == 8 else five_or_four(fields, bits)
         zeros = torch.full((rows, len(blocks) // rows), 2 ** (bits - 1), dtype=torch.uint8)
         return AffineWeight(self.scheme, codes.view(rows, -1), scale.view(rows, -1), zeros)
 
@@ -119,11 +125,11 @@ class _FloatMinimum(_SuperBlock):
 
     def _fields(self, weight, codes):
         # a record subtracts its minimum, the file adds it
-        return [to_bytes(weight.scale), to_bytes(-weight.minimum), *_high_bits(codes, self.scheme.bits),
+        return [to_bytes(weight.scale), to_bytes(-weight.minimum), *high_bits(codes, self.scheme.bits),
                 pack_nibbles(codes & 15, 32)]
 
     def _record(self, blocks, rows):
-        codes = _five_or_four(blocks[:, 4:], self.scheme.bits)
+        codes = five_or_four(blocks[:, 4:], self.scheme.bits)
         return self._weight(rows, codes, from_bytes(blocks[:, :2]), -from_bytes(blocks[:, 2:4]), None, None)
 
 
@@ -158,13 +164,13 @@ class Q3_K(_SuperBlock):
     def _fields(self, weight, codes):
         stored = (weight.sub_scale.view(-1, 16) + 32).view(torch.uint8)
         low, high = stored & 15, (stored >> 4).view(-1, 4, 4)
-        scales = torch.cat([low[:, :8] | (low[:, 8:] << 4), _joined(high, 2)], dim=1)
+        scales = torch.cat([low[:, :8] | (low[:, 8:] << 4), joined(high, 2)], dim=1)
         return [pack_bits_plane(codes >> 2), pack_crumbs(codes & 3), scales, to_bytes(weight.scale)]
 
     def _record(self, blocks, rows):
         codes = unpack_crumbs(blocks[:, 32:96]) | (unpack_bits_plane(blocks[:, :32]) << 2)
         low, high = blocks[:, 96:104], blocks[:, 104:108]
-        stored = torch.cat([low & 15, low >> 4], dim=1) | (_parted(high, 2).reshape(-1, 16) << 4)
+        stored = torch.cat([low & 15, low >> 4], dim=1) | (parted(high, 2).reshape(-1, 16) << 4)
         return self._weight(rows, codes, from_bytes(blocks[:, 108:110]), None, stored.view(torch.int8) - 32, None)
 
 
@@ -218,82 +224,6 @@ _BY_SCHEME = {layout.scheme: layout for layout in LAYOUTS.values()}
 def layout_of(scheme: QuantScheme) -> BlockLayout | None:
     """The layout that stores `scheme`, None if ggml has no such type."""
     return _BY_SCHEME.get(scheme)
-
-
-def to_bytes(halves: torch.Tensor) -> torch.Tensor:
-    """float16 of any shape to uint8 [numbers, 2]."""
-    return halves.contiguous().view(-1, 1).view(torch.uint8)
-
-
-def from_bytes(pairs: torch.Tensor) -> torch.Tensor:
-    """uint8 [blocks, 2] to float16 [blocks, 1]."""
-    return pairs.contiguous().view(torch.float16)
-
-
-def _joined(parts: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 [blocks, k, n] of numbers below 2**bits to [blocks, n]: part k at bit k * bits."""
-    result = parts[:, 0].clone()
-    for k in range(1, parts.shape[1]):
-        result |= parts[:, k] << (k * bits)
-    return result
-
-
-def _parted(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """The inverse of `_joined`: uint8 [blocks, n] to [blocks, 8 / bits, n]."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    return (packed.unsqueeze(1) >> shifts.view(1, -1, 1)) & (2**bits - 1)
-
-
-def _pack_plane(codes: torch.Tensor, length: int, bits: int) -> torch.Tensor:
-    """Of each `length` elements of a block, 8 / bits runs side by side in the bits of a byte."""
-    runs = codes.reshape(-1, 8 // bits, length * bits // 8)
-    return _joined(runs, bits).view(codes.shape[0], -1)
-
-
-def _unpack_plane(packed: torch.Tensor, length: int, bits: int) -> torch.Tensor:
-    return _parted(packed.reshape(-1, length * bits // 8), bits).reshape(packed.shape[0], -1)
-
-
-def pack_nibbles(codes: torch.Tensor, length: int) -> torch.Tensor:
-    """[blocks, elements] below 16 to [blocks, elements / 2]."""
-    return _pack_plane(codes, length, 4)
-
-
-def unpack_nibbles(packed: torch.Tensor, length: int) -> torch.Tensor:
-    return _unpack_plane(packed, length, 4)
-
-
-def pack_crumbs(codes: torch.Tensor) -> torch.Tensor:
-    """[blocks, 256] below 4 to [blocks, 64]."""
-    return _pack_plane(codes, 128, 2)
-
-
-def unpack_crumbs(packed: torch.Tensor) -> torch.Tensor:
-    return _unpack_plane(packed, 128, 2)
-
-
-def pack_bits_plane(codes: torch.Tensor) -> torch.Tensor:
-    """[blocks, 256] of 0 and 1 to [blocks, 32]."""
-    return _pack_plane(codes, 256, 1)
-
-
-def unpack_bits_plane(packed: torch.Tensor) -> torch.Tensor:
-    return _unpack_plane(packed, 256, 1)
-
-
-def _high_bits(codes: torch.Tensor, bits: int) -> list[torch.Tensor]:
-    """The plane of fifth bits [blocks, 4] of codes [blocks, 32] of 5 bits; nothing for codes of 4."""
-    if bits == 4:
-        return []
-    return [_joined((codes >> 4).view(-1, 4, 8).transpose(1, 2), 1)]
-
-
-def _five_or_four(fields: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes [blocks, 32] from what `_high_bits` and `pack_nibbles` made, side by side."""
-    if bits == 4:
-        return unpack_nibbles(fields, 32)
-    high = _parted(fields[:, :4], 1).transpose(1, 2).reshape(-1, 32)
-    return unpack_nibbles(fields[:, 4:], 32) | (high << 4)
 
 
 def _pack_six_bits(weight: SuperBlockWeight) -> torch.Tensor:
