@@ -75,7 +75,8 @@ def _one_level(columns: Columns) -> Grid:
 
 def _better(old: Grid, new: Grid, columns: Columns) -> Grid:
     """Block by block the one of less error."""
-    better = new.error < old.error
+    # an infinite error is an overflow, which must stay seen
+    better = (new.error < old.error) & torch.isfinite(old.error)
     of_groups = columns.spread(better)
     return replace(
         old,

@@ -18,7 +18,8 @@ from autoround_core.scheme import BlockType
 
 # of the range's steps; of asymmetric ones ggml tries twice as many, and the refinement finds what lies between
 _SHRINKAGE = [i / 10 for i in range(-9, 10)]
-_STRETCH = [i / 10 for i in range(-9, 10)]  # symmetric
+# symmetric; the unstretched first, for of scales that float32 cannot tell apart the first that is tried wins
+_STRETCH = sorted((i / 10 for i in range(-9, 10)), key=abs)
 TINY = 1e-30
 
 

@@ -40,17 +40,17 @@ def fit(weight: torch.Tensor, data_type: str, importance: torch.Tensor | None = 
     grids = []
     for rows in _chunks(weight):
         weights = _error_weights(rows, data_type, kind, importance)
-        grids.append(block_grid(Columns(_turned(rows, kind), _turned(weights, kind), kind)).stored(len(rows)))
-    parts = [None if part[0] is None else torch.cat(part) for part in zip(*grids, strict=True)]
-    for part in parts[:2]:
-        if part is not None and not torch.isfinite(part).all():
+        grid = block_grid(Columns(_turned(rows, kind), _turned(weights, kind), kind))
+        if not torch.isfinite(grid.error).all():
             raise UnsupportedError("a block needs a scale that is more than float16 can hold (65504)")
+        grids.append(grid.stored(len(rows)))
+    parts = [None if part[0] is None else torch.cat(part) for part in zip(*grids, strict=True)]
     return Fit(*parts)
 
 
 def _chunks(weight: torch.Tensor) -> Iterator[torch.Tensor]:
     for rows in weight.split(max(1, CHUNK_WEIGHTS // weight.shape[1])):
-        yield rows.to(torch.float32)
+        yield rows.to(torch.float32).contiguous()
 
 
 def _turned(rows: torch.Tensor, kind: BlockType) -> torch.Tensor:
