@@ -14,12 +14,13 @@ import torch
 from autoround_core import ModelOutline, QuantScheme, SchemeChoice, TensorFiles, UnsupportedError
 from autoround_export.gguf import architectures
 from autoround_export.gguf.blocks import LAYOUTS, layout_of
+from autoround_export.gguf.file import FLOAT_DTYPES
 from autoround_export.gguf.llama_cpp import checkout, outline_from_checkout
 from autoround_export.gguf.mixture import EMBEDDING, FLOATS, MixtureFacts, choose_types, is_quantizable
 from autoround_export.gguf.outline import FileTensor, Outline, Piece
 from autoround_export.gguf.tokenizer import tokenizer_fields
 
-FLOAT_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_FLOAT_TYPES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 _WEIGHT = ".weight"
 
 
@@ -134,7 +135,7 @@ def _float_type(tensor: FileTensor, chosen: Mapping[str, str], dtype: torch.dtyp
     if not is_quantizable(tensor.name, tensor.shape):
         return "F32"
     kind = chosen.get(tensor.name)
-    return kind if kind in FLOATS else FLOAT_TYPES.get(dtype, "F32")
+    return kind if kind in FLOATS else _FLOAT_TYPES.get(dtype, "F32")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

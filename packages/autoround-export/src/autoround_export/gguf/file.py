@@ -42,7 +42,7 @@ _MAX_ITEMS = 2**22  # of all arrays together: a vocabulary of a million takes th
 _MAX_HEADER = 2**26  # bytes
 # the least that a field and a tensor take: a length, a type and a byte; a length, one axis, a type and an offset
 _LEAST_FIELD, _LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +94,11 @@ class GgufFile:
         import numpy
 
         info = self._info(name)
-        if info.type not in _DTYPES:
+        if info.type not in FLOAT_DTYPES:
             raise CheckpointError(
-                f"`{shown(self.path)}` holds tensor `{shown(name)}` as {info.type}, not as {', '.join(_DTYPES)}"
+                f"`{shown(self.path)}` holds tensor `{shown(name)}` as {info.type}, not as {', '.join(FLOAT_DTYPES)}"
             )
-        return torch.from_numpy(numpy.array(self.data(name))).view(_DTYPES[info.type]).view(info.shape)
+        return torch.from_numpy(numpy.array(self.data(name))).view(FLOAT_DTYPES[info.type]).view(info.shape)
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:

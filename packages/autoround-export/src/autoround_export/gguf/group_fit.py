@@ -74,7 +74,8 @@ def fit_asymmetric(columns: Columns) -> tuple[torch.Tensor, torch.Tensor]:
     width = (x.amax(0) - low).clamp_(min=0)
     step, shift = width / top, -low
     codes = columns.codes(step, shift)
-    best = columns.error(codes, step, shift)
+    # errors in closed form leave out the constant sum w x^2
+    best = columns.error(codes, step, shift) - columns.wx.mul(x).sum(0)
     weighted = torch.empty_like(codes)
     for shrinkage in _SHRINKAGE:
         # as in ggml, from the best minimum so far
@@ -84,11 +85,8 @@ def fit_asymmetric(columns: Columns) -> tuple[torch.Tensor, torch.Tensor]:
         sum_l = weighted.sum(0)
         sum_ll, sum_lx = (weighted.mul_(codes)).sum(0), codes.mul_(columns.wx).sum(0)
         new_step, new_shift = solve(columns, sum_l, sum_ll, sum_lx)
-        # the error in closed form, up to the constant sum w x^2
         error = new_step * (new_step * sum_ll - 2 * new_shift * sum_l - 2 * sum_lx)
         error += new_shift * (new_shift * columns.sum_w + 2 * columns.sum_x)
-        if shrinkage == _SHRINKAGE[0]:
-            best -= columns.wx.mul(x).sum(0)
         better = (error < best) & (new_step > 0)
         best = torch.where(better, error, best)
         step, shift = torch.where(better, new_step, step), torch.where(better, new_shift, shift)

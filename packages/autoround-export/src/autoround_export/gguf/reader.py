@@ -11,11 +11,9 @@ import torch
 from autoround_core import CheckpointError, CheckpointReader, QuantizedLayer, read_json
 from autoround_export.gguf import architectures, row_map
 from autoround_export.gguf.blocks import LAYOUTS
-from autoround_export.gguf.composition import FLOAT_TYPES, Destination, TypedTensor, destinations
-from autoround_export.gguf.file import GgufFile
+from autoround_export.gguf.composition import Destination, TypedTensor, destinations
+from autoround_export.gguf.file import FLOAT_DTYPES, GgufFile
 from autoround_export.gguf.outline import FileTensor
-
-_DTYPES = {name: dtype for dtype, name in FLOAT_TYPES.items()}
 
 
 class GgufReader(CheckpointReader):
@@ -40,9 +38,9 @@ class GgufReader(CheckpointReader):
         if info is None or _without_ones(info.shape) != _without_ones(tensor.shape):
             raise CheckpointError(f"`{self._file.path}` should hold tensor `{tensor.name}` {tensor.shape}, "
                                   f"it holds {'nothing of that name' if info is None else info.shape}")
-        if info.type not in LAYOUTS and info.type not in _DTYPES:
+        if info.type not in LAYOUTS and info.type not in FLOAT_DTYPES:
             raise CheckpointError(f"`{self._file.path}` holds tensor `{tensor.name}` as {info.type}; "
-                                  f"known types: {', '.join([*_DTYPES, *LAYOUTS])}")
+                                  f"known types: {', '.join([*FLOAT_DTYPES, *LAYOUTS])}")
         return info.type
 
     def layer_names(self) -> list[str]:
@@ -76,7 +74,7 @@ class GgufReader(CheckpointReader):
 
     def _float(self, name: str) -> torch.Tensor:
         place = self._sources[name][0].typed
-        dtype = _DTYPES[place.type]
+        dtype = FLOAT_DTYPES[place.type]
         values = self._gather(name, 1, dtype.itemsize).view(dtype).view(self._shapes[name])
         return values - place.tensor.offset if place.tensor.offset else values
 

@@ -23,10 +23,9 @@ from autoround_core import (
 from autoround_core.records import tensor_bytes
 from autoround_export.gguf import row_map
 from autoround_export.gguf.blocks import LAYOUTS
-from autoround_export.gguf.composition import FLOAT_TYPES, Destination, TypedTensor, destinations, in_table
+from autoround_export.gguf.composition import Destination, TypedTensor, destinations, in_table
+from autoround_export.gguf.file import FLOAT_DTYPES
 from autoround_export.gguf.outline import Outline, Piece
-
-_DTYPES = {name: dtype for dtype, name in FLOAT_TYPES.items()}
 
 
 class GgufWriter(CheckpointWriter):
@@ -65,7 +64,7 @@ class GgufWriter(CheckpointWriter):
             self._elsewhere[name] = tensor.detach().cpu().clone()
             return
         for destination in self._take(name):
-            dtype = _DTYPES.get(destination.typed.type)
+            dtype = FLOAT_DTYPES.get(destination.typed.type)
             if dtype is None:
                 raise CheckpointError(f"tensor `{name}` was planned as {destination.typed.type} and came unquantized")
             values = _rows(tensor.detach().cpu(), destination.piece)
