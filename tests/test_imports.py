@@ -26,7 +26,7 @@ ARROWS = {
 # rooms of core, the lowest first: a module imports from its own room and those below
 ROOMS = [
     ["errors", "scheme", "settings", "progress", "corpus", "documents", "fusing", "target"],
-    ["recipe", "records", "bitpack", "affine", "shards", "superblock"],
+    ["recipe", "records", "bitpack", "affine", "shards", "superblock", "support"],
     ["family", "layout", "format", "backend", "algorithm", "adapter"],
     [
         "activations", "float_grid", "float_family",
@@ -44,7 +44,7 @@ ActivationScheme AffineWeight Algorithm AutoRound AutoRoundError Backend Block B
 CalibrationSet CheckpointContext CheckpointError CheckpointFormat CheckpointReader CheckpointWriter Estimate
 Evaluation FloatWeight LayerPlan LinearSite LinearSpec ModelAdapter ModelError ModelOutline ModelView NonFiniteError
 NumberFamily OutputError Plan PluginError PluginRecord Progress QuantRecipe QuantScheme QuantizedLayer QuantizedWeight
-RECIPES Registry Run SchemeChoice ShardWriter SuperBlockWeight Target TensorFiles TensorLayout TunableWeight
+RECIPES Registry Run SchemeChoice ShardWriter SuperBlockWeight Support Target TensorFiles TensorLayout TunableWeight
 TuningSettings UnknownNameError UnsupportedError UsageError Verdict VerificationError convert evaluate fused_layers
 get_registry hookimpl load load_calibration pack_bits packed_bytes parse_layer_config read_json select_backend
 tuning_settings unknown_name unpack_bits write_json

@@ -64,7 +64,7 @@ def test_registered_formats_pass(name, tmp_path):
 @pytest.mark.parametrize("name", sorted(get_registry().backends()))
 def test_registered_backends_pass(name):
     backend = get_registry().backends()[name]
-    device = next((kind for kind in ("cpu", "cuda", "xpu", "hpu") if kind in backend.devices), "cpu")
+    device = next((kind for kind in ("cpu", "cuda", "xpu", "hpu") if kind in backend.support.devices), "cpu")
     checked = check_backend(backend, device=device)
     assert checked.cells > 0 or any("is not here" in reason for reason in checked.refusals)
 

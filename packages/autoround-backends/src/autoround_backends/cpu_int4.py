@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from autoround_core import AffineWeight, Backend, LinearSpec, QuantizedLayer, pack_bits, unpack_bits
+from autoround_core import AffineWeight, Backend, QuantizedLayer, Support, pack_bits, unpack_bits
 
 GROUP_SIZES = (32, 64, 128, 256)
 MOST_ROWS = 64  # above this the dequantizing path is faster
@@ -22,25 +22,15 @@ class CpuInt4(Backend):
 
     name = "cpu_int4"
     priority = 20
-    devices = "cpu"
+    support = Support(
+        devices=("cpu",), dtypes=("bfloat16",), bits=(_BITS,), group_sizes=GROUP_SIZES, whole_groups=True,
+        out_multiple=16,
+    )
 
-    def why_not(self, spec: LinearSpec, device: torch.device, dtype: torch.dtype) -> str | None:
-        scheme = spec.scheme
-        if device.type != "cpu":
-            return f"runs on cpu, not on {device.type}"
-        if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
-            return f"torch {torch.__version__} has no _weight_int4pack_mm_for_cpu; install torch>=2.6"
-        if scheme is None or scheme.data_type != "int" or scheme.bits != _BITS or scheme.activation:
-            return f"needs 4-bit integers and inputs in 16 bits, got {scheme}"
-        if dtype != torch.bfloat16:
-            return f"needs bfloat16, got {dtype}; load with dtype=torch.bfloat16"
-        if scheme.group_length(spec.in_features) not in GROUP_SIZES:
-            return f"needs group_size in {GROUP_SIZES}, got {scheme.group_length(spec.in_features)}"
-        if spec.in_features % scheme.group_length(spec.in_features):
-            return f"needs in_features ({spec.in_features}) divisible by group_size ({scheme.group_size})"
-        if spec.out_features % 16:
-            return f"needs out_features divisible by 16, got {spec.out_features}"
-        return None
+    def missing(self) -> str | None:
+        if hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
+            return None
+        return f"torch {torch.__version__} has no _weight_int4pack_mm_for_cpu; pip install torch>=2.6"
 
     def build(self, layer: QuantizedLayer, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
         return _Int4Linear(layer)

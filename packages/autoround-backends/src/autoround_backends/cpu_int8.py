@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from autoround_core import AffineWeight, Backend, LinearSpec, QuantizedLayer
+from autoround_core import AffineWeight, Backend, QuantizedLayer, Support
 
 MOST_ROWS = 16  # above this dequantizing once and multiplying in bfloat16 is faster
 _ZERO = 128
@@ -16,23 +16,14 @@ class CpuInt8(Backend):
 
     name = "cpu_int8"
     priority = 20
-    devices = "cpu"
+    support = Support(
+        devices=("cpu",), dtypes=("bfloat16",), bits=(8,), sym=(True,), group_sizes=(-1,), in_multiple=_COLUMNS
+    )
 
-    def why_not(self, spec: LinearSpec, device: torch.device, dtype: torch.dtype) -> str | None:
-        scheme = spec.scheme
-        if device.type != "cpu":
-            return f"runs on cpu, not on {device.type}"
-        if not hasattr(torch.ops.aten, "_weight_int8pack_mm"):
-            return f"torch {torch.__version__} has no _weight_int8pack_mm; install torch>=2.6"
-        if scheme is None or scheme.data_type != "int" or scheme.bits != 8 or scheme.activation:
-            return f"needs 8-bit integers and inputs in 16 bits, got {scheme}"
-        if dtype != torch.bfloat16:
-            return f"needs bfloat16, got {dtype}; load with dtype=torch.bfloat16"
-        if not scheme.sym or scheme.groups(spec.in_features) != 1:
-            return f"needs symmetric weights with group_size -1, got {scheme}"
-        if spec.in_features % _COLUMNS:
-            return f"needs in_features divisible by {_COLUMNS}, got {spec.in_features}"
-        return None
+    def missing(self) -> str | None:
+        if hasattr(torch.ops.aten, "_weight_int8pack_mm"):
+            return None
+        return f"torch {torch.__version__} has no _weight_int8pack_mm; pip install torch>=2.6"
 
     def build(self, layer: QuantizedLayer, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
         return _Int8Linear(layer)

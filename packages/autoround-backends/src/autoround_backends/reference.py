@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from autoround_core import Backend, LinearSpec, QuantizedLayer, QuantizedWeight, get_registry
+from autoround_core import Backend, QuantizedLayer, QuantizedWeight, Support, get_registry
 
 
 class Reference(Backend):
@@ -12,10 +12,7 @@ class Reference(Backend):
 
     name = "reference"
     priority = 0
-    devices = "any"
-
-    def why_not(self, spec: LinearSpec, device: torch.device, dtype: torch.dtype) -> str | None:
-        return None
+    support = Support(data_types=(), activations=True)
 
     def build(self, layer: QuantizedLayer, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
         return _DequantizedLinear(layer, device, dtype)

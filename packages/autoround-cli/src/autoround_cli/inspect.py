@@ -62,7 +62,8 @@ def backends(checkpoint: str | None, device: str, dtype: str) -> None:
     """List inference backends, or explain the choice for a checkpoint."""
     if checkpoint is None:
         found = sorted(get_registry().backends().values(), key=lambda backend: -backend.priority)
-        table("backends", ["backend", "priority", "devices"], [[b.name, str(b.priority), b.devices] for b in found])
+        rows = [[b.name, str(b.priority), ", ".join(b.support.devices) or "any"] for b in found]
+        table("backends", ["backend", "priority", "devices"], rows)
         return
     from autoround_core.loading import explain
 

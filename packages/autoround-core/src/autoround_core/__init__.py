@@ -38,6 +38,7 @@ _HOMES = {
     "scheme": ("ActivationScheme", "QuantScheme"),
     "settings": ("RECIPES", "TuningSettings", "tuning_settings"),
     "superblock": ("SuperBlockWeight",),
+    "support": ("Support",),
     "target": ("Target", "Verdict"),
     "shards": ("ShardWriter", "TensorFiles", "read_json", "write_json"),
 }

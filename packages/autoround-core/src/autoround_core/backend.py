@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from autoround_core.errors import UnsupportedError, unknown_name
 from autoround_core.recipe import LinearSpec
+from autoround_core.support import Support
 
 if TYPE_CHECKING:
     import torch
@@ -23,12 +24,22 @@ class Backend(ABC):
     name: str
     priority: int = 0
     """Among the backends that can take a layer the highest priority wins; the reference has 0."""
-    devices: str = ""
-    """Device types it serves, for the table of `autoround backends`."""
+    support: Support = Support()
+    """What it takes, and which packages it needs."""
 
-    @abstractmethod
     def why_not(self, spec: LinearSpec, device: torch.device, dtype: torch.dtype) -> str | None:
         """None if this backend can run such a layer there, otherwise the reason as one sentence."""
+        return (
+            self.support.why_not(spec, device, dtype) or self.missing() or self.why_not_layer(spec, device, dtype)
+        )
+
+    def missing(self) -> str | None:
+        """None if what the backend needs is installed, otherwise what is not, with the command that helps."""
+        return self.support.missing()
+
+    def why_not_layer(self, spec: LinearSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+        """What `support` cannot say about a layer. Asked last, with everything installed."""
+        return None
 
     @abstractmethod
     def build(self, layer: QuantizedLayer, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:

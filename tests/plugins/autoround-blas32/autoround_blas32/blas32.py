@@ -2,18 +2,13 @@
 
 import torch
 
-from autoround_core import Backend
+from autoround_core import Backend, Support
 
 
 class Blas32(Backend):
     name = "blas32"
     priority = -1  # below the reference: runs when it is asked for by name
-    devices = "cpu"
-
-    def why_not(self, spec, device, dtype):
-        if device.type != "cpu":
-            return f"runs on cpu, not on {device.type}"
-        return None if dtype.itemsize <= 4 else f"computes in float32, which is less than {dtype}"
+    support = Support(devices=("cpu",), dtypes=("float32", "bfloat16", "float16"), data_types=())
 
     def build(self, layer, device, dtype):
         return Blas32Linear(layer, dtype)
