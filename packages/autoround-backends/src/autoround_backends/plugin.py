@@ -9,6 +9,7 @@ from autoround_core.hookspecs import hookimpl
 def autoround_backends():
     from autoround_backends.cpu_int4 import CpuInt4
     from autoround_backends.cpu_int8 import CpuInt8
+    from autoround_backends.cpu_native import CpuNative
     from autoround_backends.reference import Reference
 
-    return [Reference(), CpuInt4(), CpuInt8()]
+    return [Reference(), CpuInt4(), CpuInt8(), CpuNative()]

@@ -16,6 +16,7 @@ _HOMES = {
     "backend": ("Backend", "select_backend"),
     "bitpack": ("pack_bits", "packed_bytes", "unpack_bits"),
     "calibration": ("CalibrationSet", "load_calibration"),
+    "compute": ("product_dtype",),
     "conversion": ("convert",),
     "errors": (
         "AutoRoundError", "CalibrationError", "CheckpointError", "ModelError", "NonFiniteError", "OutputError",
