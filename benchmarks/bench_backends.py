@@ -1,4 +1,4 @@
-"""Each CPU backend against a bfloat16 matrix product of the same size, by number of rows."""
+"""Each CPU backend against torch's bfloat16 matrix product of the same size, by number of rows."""
 
 import pytest
 import torch
@@ -6,22 +6,33 @@ import torch
 from autoround_core import LinearSpec, QuantizedLayer, QuantScheme, get_registry
 
 SIZE = 2048
-CASES = {"reference": "W4G128", "cpu_int4": "W4G128", "cpu_int8": "W8G-1"}
+CPU = torch.device("cpu")
+CASES = [
+    ("reference", "W4G128"), ("cpu_native", "W2G128"), ("cpu_native", "W3G128"), ("cpu_native", "W4G128"),
+    ("cpu_native", "W8G128"), ("ark", "W4G128"), ("cpu_int4", "W4G128"), ("cpu_int8", "W8G-1"), ("mlx", "W4G128"),
+    ("cpu_dense", None),
+]  # fmt: skip
+
+
+def build(name, spelling):
+    """A backend's layer of SIZE x SIZE weights; skips where it cannot run."""
+    backend = get_registry().backends()[name]
+    scheme = QuantScheme.parse(spelling) if spelling else None
+    reason = backend.why_not(LinearSpec("layer", SIZE, SIZE, scheme), CPU, torch.bfloat16)
+    if reason:
+        pytest.skip(reason)
+    if scheme is None:
+        return backend.build_dense(torch.nn.Linear(SIZE, SIZE, bias=False, dtype=torch.bfloat16))
+    weight = get_registry().number_family("int").round_to_nearest(torch.randn(SIZE, SIZE), scheme)
+    return backend.build(QuantizedLayer("layer", weight), CPU, torch.bfloat16)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 256])
-@pytest.mark.parametrize("name", ["bfloat16", *CASES])
-def bench_linear(benchmark, name, rows):
+@pytest.mark.parametrize(("name", "scheme"), [("torch", "bfloat16"), *CASES])
+def bench_linear(benchmark, name, scheme, rows):
     inputs = torch.randn(rows, SIZE, dtype=torch.bfloat16)
     benchmark.group = f"{rows} rows"
-    if name == "bfloat16":
-        module = torch.nn.Linear(SIZE, SIZE, bias=False, dtype=torch.bfloat16)
-    else:
-        scheme = QuantScheme.parse(CASES[name])
-        backend = get_registry().backends()[name]
-        cpu = torch.device("cpu")
-        assert backend.why_not(LinearSpec("layer", SIZE, SIZE, scheme), cpu, torch.bfloat16) is None
-        weight = get_registry().number_family("int").round_to_nearest(torch.randn(SIZE, SIZE), scheme)
-        module = backend.build(QuantizedLayer("layer", weight), cpu, torch.bfloat16)
+    is_torch = name == "torch"
+    module = torch.nn.Linear(SIZE, SIZE, bias=False, dtype=torch.bfloat16) if is_torch else build(name, scheme)
     with torch.no_grad():
         benchmark(module, inputs)

@@ -35,7 +35,7 @@ ROOMS = [
     ],
     ["hookspecs", "registry", "builtin"],
     ["model_outline", "plan", "source", "output", "quantize", "loading", "verify", "report", "evaluation",
-     "conversion", "checkpoints", "autoround"],
+     "conversion", "checkpoints", "autoround", "speed"],
     ["testing"],
 ]
 
@@ -46,8 +46,8 @@ Evaluation FloatWeight LayerPlan LinearSite LinearSpec ModelAdapter ModelError M
 NumberFamily OutputError Plan PluginError PluginRecord Progress QuantRecipe QuantScheme QuantizedLayer QuantizedWeight
 RECIPES Registry Run SchemeChoice ShardWriter SuperBlockWeight Support Target TensorFiles TensorLayout TunableWeight
 TuningSettings UnknownNameError UnsupportedError UsageError Verdict VerificationError convert evaluate fused_layers
-get_registry hookimpl load load_calibration pack_bits packed_bytes parse_layer_config product_dtype read_json select_backend
-tuning_settings unknown_name unpack_bits write_json
+get_registry hookimpl load load_calibration pack_bits packed_bytes parse_layer_config product_dtype read_json
+select_backend tuning_settings unknown_name unpack_bits write_json
 """
 
 HOOKS = """

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,3 +50,29 @@ def rows(tmp_path) -> Path:
 def model_copy(tmp_path) -> Path:
     """A model directory that a test may damage."""
     return Path(shutil.copytree(TINY, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A W4G128 checkpoint, and what making it printed."""
+    output = tmp_path_factory.mktemp("cli") / "w4"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from autoround_cli.main import main; main()",
+            "quantize",
+            "--model",
+            str(TINY),
+            "--recipe",
+            "rtn",
+            "--output-dir",
+            str(output),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == f"saved and verified: {output}"
+    assert done.stderr == ""
+    return output

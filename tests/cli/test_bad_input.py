@@ -232,7 +232,7 @@ def test_layer_the_format_cannot_store(autoround, tmp_path):
     assert report["layers"]["model.layers.0.self_attn.q_proj"]["scheme"] == "W4G128"
 
 
-@pytest.mark.parametrize("command", [["info"], ["eval"], ["run"], ["backends", "--explain"]])
+@pytest.mark.parametrize("command", [["info"], ["eval"], ["run"], ["bench"], ["backends", "--explain"]])
 def test_reading_commands(autoround, tmp_path, command):
     prompt = ["hello"] if command == ["run"] else []
     result = autoround(*command, tmp_path / "nothing", *prompt)

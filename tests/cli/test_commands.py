@@ -3,40 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
+import torch
+
+from autoround_core import LinearSpec, QuantScheme, get_registry, select_backend
 
 from .conftest import TINY
 
 TUNING = ["--nsamples", 4, "--seqlen", 32, "--iters", 2, "--batch_size", 2]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A W4G128 checkpoint, and what making it printed."""
-    output = tmp_path_factory.mktemp("cli") / "w4"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "from autoround_cli.main import main; main()",
-            "quantize",
-            "--model",
-            str(TINY),
-            "--recipe",
-            "rtn",
-            "--output-dir",
-            str(output),
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == f"saved and verified: {output}"
-    assert done.stderr == ""
-    return output
 
 
 def test_quantize_tunes_and_reports(autoround, tmp_path, rows):
@@ -88,9 +63,13 @@ def test_plan_says_what_quantize_does(autoround, tmp_path):
     assert planned["model.layers.0.self_attn.v_proj"][2] == "16 bit"
     assert planned["model.layers.0.self_attn.v_proj"][5] == "by layer_config"
     # codes of one byte; 256 rows of 8 groups, each with two bytes of scale and one of zero point
-    assert planned["model.layers.1.mlp.down_proj"][2:5] == ["W8G64", f"{256 * 512 + 256 * 8 * 3:,}", "reference"]
+    assert planned["model.layers.1.mlp.down_proj"][2:4] == ["W8G64", f"{256 * 512 + 256 * 8 * 3:,}"]
     assert planned["model.layers.5.self_attn.o_proj"][2] == "W8G128"
-    assert planned["model.layers.5.mlp.up_proj"][2:5] == ["W4G128", "68,096", "cpu_int4"]
+    assert planned["model.layers.5.mlp.up_proj"][2:4] == ["W4G128", "68,096"]
+    for name, shape, scheme in (("1.mlp.down_proj", (512, 256), "W8G64"), ("5.mlp.up_proj", (256, 512), "W4G128")):
+        spec = LinearSpec(name, *shape, QuantScheme.parse(scheme))
+        backend = select_backend(get_registry().backends().values(), spec, torch.device("cpu"), torch.bfloat16)
+        assert planned[f"model.layers.{name}"][4] == backend.name
     result = autoround("quantize", *options, "--output_dir", tmp_path / "out")
     assert result.code == 0, result.err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -159,22 +138,6 @@ def test_overwrite(autoround, tmp_path, checkpoint):
         assert (output / name).read_bytes() == (checkpoint / name).read_bytes(), name
 
 
-def test_run(autoround, checkpoint):
-    plain = autoround("run", checkpoint, "def main(", "--max_new_tokens", 8)
-    assert plain.code == 0 and plain.out.startswith("def main(") and len(plain.out) > len("def main(\n")
-    chat = autoround(
-        "run", checkpoint, "hello", "--max_new_tokens", 4, "--chat", "--backend", "reference", "--dtype", "float32"
-    )
-    assert chat.code == 0 and "hello" in chat.out
-
-
-def test_run_with_unknown_backend(autoround, checkpoint):
-    result = autoround("run", checkpoint, "x", "--backend", "referense")
-    assert result.code == 2 and "did you mean `reference`" in result.err
-    refused = autoround("run", checkpoint, "x", "--backend", "cpu_int8")
-    assert refused.code == 1 and "needs 8-bit integers" in refused.err
-
-
 def test_eval(autoround, checkpoint, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text((TINY.parents[1] / "README.md").read_text())
@@ -207,14 +170,3 @@ def test_lists(autoround):
     assert "auto_round\t" in autoround("formats").out
     plugins = autoround("plugins").out
     assert "export\tautoround-export" in plugins and "failed" not in plugins
-    listed = autoround("backends").out
-    assert listed.index("cpu_int4") < listed.index("reference")
-
-
-def test_explain(autoround, checkpoint):
-    result = autoround("backends", "--explain", checkpoint)
-    assert result.code == 0
-    assert "cpu_int4\tchosen" in result.out
-    assert "cpu_int8\tneeds 8-bit integers and inputs in 16 bits, got W4G128" in result.out
-    other = autoround("backends", "--explain", checkpoint, "--dtype", "float32")
-    assert "reference\tchosen" in other.out and "needs bfloat16, got torch.float32" in other.out

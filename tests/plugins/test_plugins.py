@@ -53,7 +53,7 @@ def test_the_format_conforms(registry, tmp_path):
 
 
 def test_the_backend_conforms(registry):
-    assert check_backend(registry.backends()["blas32"]).cells == 336
+    assert check_backend(registry.backends()["blas32"]).cells >= 336
 
 
 @pytest.mark.parametrize("folder", FOLDERS[:2], ids=lambda folder: folder.name)

@@ -94,7 +94,7 @@ def test_the_file_holds_the_fake_quantized_model(file_type, recipe, dataset, tmp
     rounder = AutoRound(model, tokenizer, recipe=recipe, **options(dataset, **more))
     out = rounder.quantize_and_save(tmp_path / "out", f"gguf:{file_type}")
     check_same_numbers(out, model)
-    loaded = load(out)
+    loaded = load(out, backend="reference")  # whose layers hold no tensors of their own
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
     content = file_of(out)

@@ -13,7 +13,7 @@ import torch
 from autoround_backends import native_library
 from autoround_core import AffineWeight, Backend, QuantizedLayer, Support, product_dtype
 
-MOST_ROWS = 48  # above this torch's matrix product is faster
+MOST_ROWS = 24  # above this torch's matrix product is faster
 _PIECE = 1 << 20  # weights that are dequantized at a time: 4 MB of float32
 _STORED_BITS = {2: 2, 3: 3, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 # as bits, because `model.to(dtype)` would round floats
@@ -28,7 +28,7 @@ class CpuNative(Backend):
     priority = 30
     support = Support(
         devices=("cpu",), dtypes=("bfloat16", "float16", "float32"), bits=tuple(_STORED_BITS),
-        group_sizes=(16, 32, 64, 128, 256, 512, 1024, -1),
+        group_sizes=(32, 64, 128, 256, 512, 1024, -1),
     )
 
     def missing(self) -> str | None:

@@ -22,6 +22,9 @@ _SIGNATURES = {
     "autoround_packed_bytes": (_LONG, [_LONG, _LONG, _INT]),
     "autoround_pack": (None, [_POINTER, _LONG, _LONG, _INT, _POINTER, _INT]),
     "autoround_dequantize": (None, [*_WEIGHT, _LONG, _LONG, _INT, _POINTER, _INT]),
+    "autoround_multiply_dense": (
+        None, [_LONG, _LONG, _POINTER, _INT, _POINTER, _LONG, _POINTER, _POINTER, _INT]
+    ),
     "autoround_multiply": (_INT, [*_WEIGHT, _POINTER, _LONG, _INT, _POINTER, _POINTER, _INT, _INT]),
 }
 INSTRUCTIONS = {1: "AVX2", 2: "AVX-512 VNNI"}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from autoround_core.hookspecs import hookimpl
+
+_CLASSES = {
+    "reference": "Reference", "cpu_native": "CpuNative", "cpu_dense": "CpuDense", "cpu_int4": "CpuInt4",
+    "cpu_int8": "CpuInt8", "ark": "Ark", "triton_int": "TritonInt", "marlin": "Marlin", "exllamav2": "ExllamaV2",
+    "awq_gemm": "AwqGemm", "torch_xpu": "TorchXpu", "hpu": "Hpu", "mlx": "Mlx",
+}  # fmt: skip
 
 
 @hookimpl
 def autoround_backends():
-    from autoround_backends.cpu_int4 import CpuInt4
-    from autoround_backends.cpu_int8 import CpuInt8
-    from autoround_backends.cpu_native import CpuNative
-    from autoround_backends.reference import Reference
-
-    return [Reference(), CpuInt4(), CpuInt8(), CpuNative()]
+    # these modules import torch, but none of the libraries that they call
+    return [getattr(import_module(f"autoround_backends.{module}"), name)() for module, name in _CLASSES.items()]

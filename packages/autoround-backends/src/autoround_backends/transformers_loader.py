@@ -33,8 +33,8 @@ from autoround_core import (
     select_backend,
 )
 from autoround_core.adapter import fuse
-from autoround_core.backend import AUTO
-from autoround_core.loading import find_format
+from autoround_core.backend import AUTO, Backend
+from autoround_core.loading import find_format, speed_up_dense
 
 _INITIALIZED = "_is_hf_initialized"  # how Transformers marks what it need not fill with random numbers
 METHODS = ("auto-round", "gptq", "awq")
@@ -97,6 +97,7 @@ class AutoRoundLoader(HfQuantizer):
         if experts:
             model.set_experts_implementation(experts)
         sites = {site.name: site for site in (*view.sites(), *([view.head] if view.head else []))}
+        self._linears = {site.module for site in view.sites() if site.expert is None}
         prefix = f"{model.base_model_prefix}."
         found = {}
         for name in self._reader.layer_names():
@@ -152,11 +153,18 @@ class AutoRoundLoader(HfQuantizer):
             else:
                 experts[site.name] = layer.weight.dequantize(model.dtype)
         self._fill_experts(model, experts)
+        backends, wanted = self._wanted()
+        if wanted == AUTO:
+            speed_up_dense(model, self._linears, backends, model.device)
 
-    def _build(self, model: Any, site: LinearSite, layer: QuantizedLayer) -> torch.nn.Module:
+    def _wanted(self) -> tuple[list[Backend], str]:
+        """All backends, and the one that the configuration asks for; engines' own names there mean nothing here."""
         backends = list(get_registry().backends().values())
         wanted = str(getattr(self.quantization_config, "backend", None) or AUTO)
-        wanted = wanted if wanted in {backend.name for backend in backends} else AUTO
+        return backends, wanted if wanted in {backend.name for backend in backends} else AUTO
+
+    def _build(self, model: Any, site: LinearSite, layer: QuantizedLayer) -> torch.nn.Module:
+        backends, wanted = self._wanted()
         device = _device(model, site.module)
         spec = LinearSpec(layer.name, site.in_features, site.out_features, layer.weight.scheme, layer.bias is not None)
         module = select_backend(backends, spec, device, model.dtype, wanted).build(layer, device, model.dtype)

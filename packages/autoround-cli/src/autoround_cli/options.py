@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from autoround_core.errors import unknown_name
+from autoround_core.errors import UsageError, unknown_name
 from autoround_core.fusing import CHECK, FUSE_MODES
 from autoround_core.scheme import GGUF_TYPES, MAX_BITS, MIN_BITS, PRESETS, SCALE_SIGNS
 from autoround_core.settings import DEFAULT_RECIPE, RECIPES
@@ -109,3 +109,20 @@ def parse_dtype(name: str):
     if name not in DTYPES:
         raise unknown_name("dtype", name, DTYPES)
     return None if name == "auto" else getattr(torch, name)
+
+
+def parse_backends(text: str) -> list[str]:
+    """The names of a `--backend`, separated by commas; known ones, or auto."""
+    from autoround_core.backend import AUTO
+    from autoround_core.registry import get_registry
+
+    registry = get_registry()
+    known = [*registry.backends(), AUTO]
+    names = [name.strip() for name in text.split(",")]
+    failed = "".join(f"; plugin `{record.name}` failed: {record.error}" for record in registry.failures)
+    for name in names:
+        if name not in known:
+            raise unknown_name("backend", name, known, failed)
+        if names.count(name) > 1:
+            raise UsageError(f"backend `{name}` is named twice; name it once")
+    return names

@@ -45,6 +45,10 @@ class Backend(ABC):
     def build(self, layer: QuantizedLayer, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
         """A module that maps [..., in] to [..., out] in `dtype`: x @ dequantized weight.T + bias."""
 
+    def build_dense(self, linear: torch.nn.Linear) -> torch.nn.Module:
+        """For backends with `support.dense`: a module that does what `linear` does, with the same parameters."""
+        raise NotImplementedError(f"backend `{self.name}` runs quantized layers only")
+
 
 def answers(
     backends: Iterable[Backend], spec: LinearSpec, device: torch.device, dtype: torch.dtype

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from autoround_core.adapter import LinearSite, ModelAdapter, ModelView
-from autoround_core.backend import AUTO, select_backend
+from autoround_core.backend import AUTO, Backend, answers, select_backend
 from autoround_core.compute import find_device
 from autoround_core.errors import CheckpointError, UsageError
 from autoround_core.format import CheckpointFormat, CheckpointReader
@@ -76,7 +77,7 @@ def assemble(
     view = adapter.view(model)
     backends = list(get_registry().backends().values())
     sites = {site.name: site for site in (*view.sites(), *view.outer())}
-    dtype = model.dtype
+    dtype, unserved = model.dtype, dequantized_names(view)
     dense, built = {}, []
     for layer in reader.layers():
         site = sites.get(layer.name)
@@ -87,7 +88,7 @@ def assemble(
                 f"layer `{layer.name}` is {layer.weight.shape} in the checkpoint, "
                 f"{(site.out_features, site.in_features)} in the model"
             )
-        if site.expert is not None or site is view.embedding:
+        if layer.name in unserved:
             dense[f"{layer.name}.weight"] = layer.weight.dequantize(dtype)
             continue
         chosen = select_backend(backends, spec_of(layer), device, dtype, backend)
@@ -103,7 +104,30 @@ def assemble(
             f"the checkpoint has no weights for {', '.join(missing[:5])}"
             + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         )
+    if backend == AUTO:
+        speed_up_dense(model, {site.module for site in view.sites()}, backends, device)
     return model.to(device)
+
+
+def speed_up_dense(model: Any, paths: Iterable[str], backends: list[Backend], device: torch.device) -> None:
+    """Give linear layers that are not quantized, those at `paths` and the head, to a backend that is faster at them."""
+    head = model.get_output_embeddings()
+    for path in {*paths, *(name for name, module in model.named_modules() if module is head)}:
+        linear = model.get_submodule(path)
+        if not isinstance(linear, torch.nn.Linear):
+            continue
+        spec = LinearSpec(path, linear.in_features, linear.out_features, None, linear.bias is not None)
+        for found, reason in answers(backends, spec, device, linear.weight.dtype):
+            if reason is None:
+                model.set_submodule(path, found.build_dense(linear))
+                break
+
+
+def dequantized_names(view: ModelView) -> set[str]:
+    """Layers that no backend is asked about, because no module fits into their places: experts that Transformers
+    keeps in one tensor, and the embedding. Their weights are dequantized when they are loaded."""
+    sites = (*view.sites(), *view.outer())
+    return {site.name for site in sites if site.expert is not None or site is view.embedding}
 
 
 def _replace(view: ModelView, site: LinearSite, module: torch.nn.Module) -> None:
@@ -115,23 +139,30 @@ def explain(
     path: str | Path,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
-) -> Iterator[tuple[LinearSpec, int, list[tuple[str, str | None]]]]:
-    """For each kind of layer: an example, how many there are, and every backend's answer, best first."""
-    from autoround_core.backend import answers
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Iterator[tuple[LinearSpec, int, list[tuple[str, str | None]] | None]]:
+    """For each kind of layer: an example, how many there are, and every backend's answer, best first.
 
-    device = find_device(device)
-    if not dtype.is_floating_point:
+    None instead of answers for layers that are dequantized when they are loaded. dtype: as in `load`.
+    """
+    path, device = Path(path), find_device(device)
+    if dtype is not None and not dtype.is_floating_point:
         raise UsageError(f"dtype must be a float type, got {dtype}")
+    found = find_format(path)
+    with found.home(path) as home:
+        adapter: ModelAdapter = get_registry().adapter(read_json(home / "config.json"))
+        model = adapter.skeleton(home, trust_remote_code=trust_remote_code, dtype=dtype or found.dtype)
+    unserved = dequantized_names(adapter.view(model))
     kinds: dict[tuple, tuple[LinearSpec, int]] = {}
-    for layer in find_format(Path(path)).read(Path(path)).layers():
+    for layer in found.read(path).layers():
         spec = spec_of(layer)
-        key = (spec.in_features, spec.out_features, spec.scheme)
+        key = (spec.in_features, spec.out_features, spec.scheme, spec.name in unserved)
         kinds[key] = (kinds[key][0] if key in kinds else spec, kinds.get(key, (spec, 0))[1] + 1)
-    backends = list(get_registry().backends().values())
-    for spec, count in kinds.values():
-        replies = answers(backends, spec, device, dtype)
-        yield spec, count, [(backend.name, reason) for backend, reason in replies]
+    backends = [backend for backend in get_registry().backends().values() if not backend.support.dense]
+    for (*_, dequantized), (spec, count) in kinds.items():
+        replies = answers(backends, spec, device, model.dtype)
+        yield spec, count, None if dequantized else [(backend.name, reason) for backend, reason in replies]
 
 
 @dataclass(frozen=True, slots=True)

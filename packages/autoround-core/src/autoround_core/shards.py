@@ -76,12 +76,13 @@ class TensorFiles:
         """Raises CheckpointError for missing, truncated or contradictory files."""
         self._directory = directory
         self._file_of: dict[str, Path] = {}
-        for path in weight_files(directory):
-            with self._open(path) as file:
-                for name in file.keys():
-                    if name in self._file_of:
-                        raise CheckpointError(f"tensor `{name}` is in both {self._file_of[name].name} and {path.name}")
-                    self._file_of[name] = path
+        # opening a file reads its whole header, so each is opened once
+        self._files = {path: _open(path) for path in weight_files(directory)}
+        for path, file in self._files.items():
+            for name in file.keys():
+                if name in self._file_of:
+                    raise CheckpointError(f"tensor `{name}` is in both {self._file_of[name].name} and {path.name}")
+                self._file_of[name] = path
         absent = [name for name in _weight_map(directory) or () if name not in self._file_of]
         if absent:
             raise CheckpointError(f"`{directory / INDEX}` names tensor `{absent[0]}`, which no file holds")
@@ -96,21 +97,20 @@ class TensorFiles:
         """One tensor. Raises CheckpointError when there is none of that name."""
         if name not in self._file_of:
             raise CheckpointError(f"`{self._directory}` holds no tensor `{name}`")
-        with self._open(self._file_of[name]) as file:
-            return file.get_tensor(name)
+        return self._files[self._file_of[name]].get_tensor(name)
 
     def items(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
         for name in names:
             yield name, self.get(name)
 
-    @staticmethod
-    def _open(path: Path):
-        from safetensors import SafetensorError, safe_open
 
-        try:
-            return safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"`{path}` is no complete safetensors file: {error}") from None
+def _open(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"`{path}` is no complete safetensors file: {error}") from None
 
 
 def weight_files(directory: Path) -> list[Path]:

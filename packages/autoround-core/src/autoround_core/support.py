@@ -23,7 +23,8 @@ class Support:
     group_sizes, sym: of schemes; a group size of -1 allows whole rows. activations: whether the backend rounds the
     inputs of layers whose scheme asks for it; without, such layers are refused. in_multiple, out_multiple: what
     the features of a layer must be divisible by. whole_groups: whether in_features must be divisible by the group
-    size. packages: what must be importable, by import name. install: what to give to pip where one of them is not.
+    size. dense: the backend takes layers that are not quantized, and no others. packages: what must be importable, by
+    import name. install: what to give to pip where one of them is not.
     """
 
     devices: tuple[str, ...] = ()
@@ -36,16 +37,24 @@ class Support:
     in_multiple: int = 1
     out_multiple: int = 1
     whole_groups: bool = False
+    dense: bool = False
     packages: tuple[str, ...] = ()
     install: str = ""
 
     def why_not(self, spec: LinearSpec, device: torch.device, dtype: torch.dtype) -> str | None:
         """None if the layer, the device and the dtype are within these limits, otherwise the reason."""
         wanted, kind = spec.scheme, str(dtype).removeprefix("torch.")
-        if wanted is None:
-            return "the layer is not quantized"
+        if (wanted is None) != self.dense:
+            return "the layer is quantized" if self.dense else "the layer is not quantized"
         if self.devices and device.type not in self.devices:
             return f"runs on {_either(self.devices)}, not on {device.type}"
+        if self.dtypes and kind not in self.dtypes:
+            return f"needs {_either(self.dtypes)}, got {kind}; load with --dtype {self.dtypes[0]}"
+        return self._why_not_scheme(wanted) or self._why_not_shape(spec)
+
+    def _why_not_scheme(self, wanted: QuantScheme | None) -> str | None:
+        if wanted is None:
+            return None
         if self.data_types and wanted.data_type not in self.data_types:
             return f"needs numbers of kind {_either(self.data_types)}, got {wanted.data_type}"
         if wanted.activation and not self.activations:
@@ -54,12 +63,10 @@ class Support:
             return f"needs bits {_either(self.bits)}, got {wanted.bits}"
         if wanted.sym not in self.sym:
             return f"needs {'symmetric' if True in self.sym else 'asymmetric'} weights, got {wanted}"
-        if self.dtypes and kind not in self.dtypes:
-            return f"needs {_either(self.dtypes)}, got {kind}; load with --dtype {self.dtypes[0]}"
-        return self._why_not_shape(spec, wanted)
+        return None
 
-    def _why_not_shape(self, spec: LinearSpec, scheme: QuantScheme) -> str | None:
-        length = scheme.group_length(spec.in_features)
+    def _why_not_shape(self, spec: LinearSpec) -> str | None:
+        length = spec.in_features if spec.scheme is None else spec.scheme.group_length(spec.in_features)
         sizes = {length, WHOLE_ROW} if length == spec.in_features else {length}
         if self.group_sizes and not sizes & {*self.group_sizes}:
             return f"needs group_size {_either(self.group_sizes)}, got {length}"

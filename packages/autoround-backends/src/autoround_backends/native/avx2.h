@@ -14,6 +14,12 @@ INLINE_AVX2 float scale_at(const Weight *w, int64_t index) {
     return _cvtsh_ss(((const uint16_t *)w->scale)[index]);
 }
 
+INLINE_AVX2 void store_one(void *out, int64_t index, int dtype, float value) {
+    if (dtype == FLOAT32) ((float *)out)[index] = value;
+    else if (dtype == BFLOAT16) ((uint16_t *)out)[index] = to_bfloat16(value);
+    else ((uint16_t *)out)[index] = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+}
+
 /* The eight slots of a block, [half][slot], each 16 codes in lanes of 16 bits. */
 INLINE_AVX2 void slots_avx2(const uint8_t *packed, int bits, __m256i slot[2][SLOTS]) {
     if (bits == 8) {
@@ -58,9 +64,8 @@ INLINE_AVX2 __m256i sum_avx2(
 
 /* One output feature for `rows` rows of input. bits, parts and sym are constants where this is inlined. */
 INLINE_AVX2 void feature_avx2(
-    const Weight *w, const Inputs *x, int64_t first, int64_t n, int rows, int bits, int parts, int sym,
-    float *out) {
-    const int64_t blocks = x->blocks, groups = groups_of(w), each = w->group_length / BLOCK;
+    const Weight *w, const Inputs *x, int64_t first, int64_t n, int rows, int bits, int parts, int sym, float *out) {
+    const int64_t blocks = x->blocks, groups = x->groups, each = w->group_length / BLOCK;
     const uint8_t *packed = w->codes + n * blocks * block_bytes(bits);
     const int sums = sums_of(parts);
     __m256 total[MAX_ROWS];
@@ -102,10 +107,12 @@ INLINE_AVX2 void feature_avx2(
 
 #define FEATURE feature_avx2
 #define FEATURES features_avx2
+#define MULTIPLY multiply_avx2
 #define TARGET AVX2
 #include "dispatch.h"
 #undef FEATURE
 #undef FEATURES
+#undef MULTIPLY
 #undef TARGET
 
 AVX2 static void inputs_avx2(Inputs *to, const void *x, int dtype, int64_t in_features, int32_t zero_point) {

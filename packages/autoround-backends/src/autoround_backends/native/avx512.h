@@ -48,9 +48,8 @@ INLINE_AVX512 __m512i sum_avx512(
 }
 
 INLINE_AVX512 void feature_avx512(
-    const Weight *w, const Inputs *x, int64_t first, int64_t n, int rows, int bits, int parts, int sym,
-    float *out) {
-    const int64_t blocks = x->blocks, groups = groups_of(w), each = w->group_length / BLOCK;
+    const Weight *w, const Inputs *x, int64_t first, int64_t n, int rows, int bits, int parts, int sym, float *out) {
+    const int64_t blocks = x->blocks, groups = x->groups, each = w->group_length / BLOCK;
     const uint8_t *packed = w->codes + n * blocks * block_bytes(bits);
     const int sums = sums_of(parts), runs = parts ? parts : 1;
     __m512 total[MAX_ROWS];
@@ -95,10 +94,12 @@ INLINE_AVX512 void feature_avx512(
 
 #define FEATURE feature_avx512
 #define FEATURES features_avx512
+#define MULTIPLY multiply_avx512
 #define TARGET AVX512
 #include "dispatch.h"
 #undef FEATURE
 #undef FEATURES
+#undef MULTIPLY
 #undef TARGET
 
 #endif

@@ -23,7 +23,7 @@ enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum { MAX_ROWS = 8 }; /* rows of input that share one unpacking */
 
 typedef struct {
-    int64_t out_features, in_features, group_length; /* group_length: 16, 32, 64, a multiple of 128, or in_features */
+    int64_t out_features, in_features, group_length; /* group_length: 32, 64, a multiple of 128, or in_features */
     int32_t bits, scale_dtype;                       /* scale_dtype: FLOAT16 or FLOAT32 */
     const uint8_t *codes;                            /* [out, blocks, block_bytes(bits)] */
     const void *scale;                               /* [out, groups] */

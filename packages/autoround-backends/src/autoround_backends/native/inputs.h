@@ -22,13 +22,21 @@
 enum { LOW_BITS = 14, HIGH_BITS = 15, LANES = 8, OUTLIER = 16 };
 
 typedef struct {
-    int64_t rows, blocks;
-    int parts; /* groups that a half has: 1, 2 or 4; 0 = both halves belong to one group */
+    int64_t rows, blocks, groups;
+    int parts; /* groups that a half has: 1 or 2; 0 = both halves belong to one group */
     int16_t *values; /* [blocks, rows, 2, 128] */
     int32_t *sums;   /* [blocks, rows, 2, sums_of(parts), LANES] */
     float *steps;    /* [blocks, rows] */
     uint8_t *two;    /* [blocks, rows] */
 } Inputs;
+
+typedef struct {
+    const Weight *weight;
+    const Inputs *inputs;
+    const float *bias; /* [out] or NULL */
+    int dtype;         /* of out: [rows, out] */
+    void *out;
+} Product;
 
 static inline int sums_of(int parts) { return parts ? 2 * parts : 1; }
 

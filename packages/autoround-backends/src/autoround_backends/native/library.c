@@ -1,9 +1,10 @@
-/* Group-wise integer weights on CPUs: packing, products with a few rows, dequantizing. Called through ctypes. */
+/* Products of a few rows on CPUs, with group-wise integers and with 16-bit floats. Called through ctypes. */
 
 #include <stdlib.h>
 
 #include "avx2.h"
 #include "avx512.h"
+#include "dense.h"
 #include "threads.h"
 
 enum { NONE = 0, USE_AVX2 = 1, USE_AVX512 = 2 };
@@ -127,34 +128,6 @@ void autoround_dequantize(
 
 /* --- products ---------------------------------------------------------------------------------------------------- */
 
-typedef struct {
-    const Weight *weight;
-    const Inputs *inputs;
-    const float *bias;
-    int dtype, instructions;
-    void *out;
-} Product;
-
-AVX2 static void multiply_features(void *pointer, int64_t start, int64_t stop) {
-    const Product *p = pointer;
-    const Weight *w = p->weight;
-    float sums[MAX_ROWS];
-    for (int64_t n = start; n < stop; n++)
-        for (int64_t first = 0; first < p->inputs->rows; first += MAX_ROWS) {
-            const int64_t left = p->inputs->rows - first;
-            const int rows = left < MAX_ROWS ? (int)left : MAX_ROWS;
-            if (p->instructions == USE_AVX512) features_avx512(w, p->inputs, first, n, rows, sums);
-            else features_avx2(w, p->inputs, first, n, rows, sums);
-            for (int m = 0; m < rows; m++) {
-                const float value = sums[m] + (p->bias ? p->bias[n] : 0);
-                const int64_t at = (first + m) * w->out_features + n;
-                if (p->dtype == FLOAT32) ((float *)p->out)[at] = value;
-                else if (p->dtype == BFLOAT16) ((uint16_t *)p->out)[at] = to_bfloat16(value);
-                else ((uint16_t *)p->out)[at] = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
-            }
-        }
-}
-
 static int parts_of(const Weight *w) {
     if (w->group_length >= w->in_features || w->group_length % BLOCK == 0) return 0;
     return (int)(HALF / w->group_length);
@@ -167,7 +140,8 @@ int autoround_multiply(
     int instructions, int threads) {
     const Weight w = {out_features, in_features, group_length, bits, scale_dtype, codes, scale, zero_point};
     const Weight *weight = &w;
-    Inputs inputs = {.rows = rows, .blocks = blocks_of(weight), .parts = parts_of(weight)};
+    Inputs inputs = {
+        .rows = rows, .blocks = blocks_of(weight), .groups = groups_of(weight), .parts = parts_of(weight)};
     const size_t cells = (size_t)(rows * inputs.blocks);
     const size_t values = sizeof(int16_t) * 2 * BLOCK * cells;
     const size_t sums = sizeof(int32_t) * 2 * LANES * (size_t)sums_of(inputs.parts) * cells;
@@ -178,8 +152,17 @@ int autoround_multiply(
     inputs.steps = (float *)(memory + values + sums);
     inputs.two = memory + values + sums + sizeof(float) * cells;
     inputs_avx2(&inputs, x, dtype, weight->in_features, weight->zero_point ? 1 : 1 << (weight->bits - 1));
-    Product product = {weight, &inputs, bias, dtype, instructions, out};
-    in_parallel(multiply_features, &product, weight->out_features, threads);
+    Product product = {weight, &inputs, bias, dtype, out};
+    const Piece piece = instructions == USE_AVX512 ? multiply_avx512 : multiply_avx2;
+    in_parallel(piece, &product, weight->out_features, threads);
     free(memory);
     return 0;
+}
+
+/* The same for weights of 16-bit floats [out, in]; x: float32 [rows, in]; out: [rows, out] of the weights' dtype. */
+void autoround_multiply_dense(
+    int64_t out_features, int64_t in_features, const uint16_t *weight, int dtype, const float *x, int64_t rows,
+    const float *bias, void *out, int threads) {
+    Dense dense = {out_features, in_features, rows, weight, x, bias, out, dtype};
+    in_parallel(dense_features, &dense, out_features, threads);
 }

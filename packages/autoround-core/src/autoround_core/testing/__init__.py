@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from autoround_core.testing.algorithms import ToyBlock, check_algorithm
 from autoround_core.testing.backends import check_backend
-from autoround_core.testing.cases import SCHEMES, Checked, random_layer, random_weight
+from autoround_core.testing.cases import OTHER_SCHEMES, SCHEMES, Checked, random_layer, random_weight
 from autoround_core.testing.formats import check_format
 from autoround_core.testing.layouts import check_layout
 
 __all__ = [
-    "SCHEMES", "Checked", "ToyBlock", "check_algorithm", "check_backend", "check_format", "check_layout",
-    "random_layer", "random_weight",
+    "OTHER_SCHEMES", "SCHEMES", "Checked", "ToyBlock", "check_algorithm", "check_backend", "check_format",
+    "check_layout", "random_layer", "random_weight",
 ]

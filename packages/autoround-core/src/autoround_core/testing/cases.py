@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from autoround_core.recipe import LinearSpec
-from autoround_core.records import AffineWeight, QuantizedLayer
-from autoround_core.scheme import MAX_BITS, MIN_BITS, QuantScheme
+from autoround_core.records import AffineWeight, FloatWeight, QuantizedLayer, QuantizedWeight
+from autoround_core.registry import get_registry
+from autoround_core.scheme import BLOCK_TYPES, GGUF_TYPES, MAX_BITS, MIN_BITS, PRESETS, QuantScheme
 
 _REASONS = 4  # refusals shown in an error
 SCHEMES: tuple[QuantScheme, ...] = tuple(
@@ -19,6 +20,10 @@ SCHEMES: tuple[QuantScheme, ...] = tuple(
     for bits in range(MIN_BITS, MAX_BITS + 1)
     for group_size in (32, 64, 128, -1)
     for sym in (True, False)
+)
+# floats, inputs that are rounded, and ggml's block types
+OTHER_SCHEMES: tuple[QuantScheme, ...] = (
+    *PRESETS.values(), *(scheme for scheme in GGUF_TYPES.values() if scheme.data_type in BLOCK_TYPES)
 )
 
 
@@ -99,6 +104,7 @@ def random_weight(
         zero_point.view(-1)[0], zero_point.view(-1)[-1] = 0, top
     scale = 0.5 + torch.rand(grid, generator=generator)
     scale *= torch.randint(0, 2, grid, generator=generator) * 2 - 1
+    scale.view(-1)[0] = -scale.view(-1)[0].abs()
     scale /= 2**scheme.bits * in_features**0.5
     if extreme:
         scale.view(-1)[0], scale.view(-1)[-1] = 2.0**-24, -65504.0
@@ -109,10 +115,38 @@ def random_layer(
     scheme: QuantScheme, shape: tuple[int, int], generator: torch.Generator, *, name: str = "layer",
     bias: bool = False,
 ) -> QuantizedLayer:
-    """A layer around `random_weight`, its bias [out] in bfloat16."""
-    weight = random_weight(scheme, shape, generator)
+    """A layer with a random weight of any kind, its bias [out] in bfloat16."""
+    input_scale = None
+    if scheme.data_type == "int":
+        weight: QuantizedWeight = random_weight(scheme, shape, generator)
+    elif scheme.data_type in BLOCK_TYPES:
+        values = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+        weight = get_registry().number_family(scheme.data_type).round_to_nearest(values, scheme)
+    else:
+        weight = random_float_weight(scheme, shape, generator)
+    if scheme.activation and scheme.activation.calibrated:
+        # inputs of the checks are normal: 4 is about the greatest, and greater ones are clipped by everybody
+        input_scale = torch.tensor([448 * 6 / 4.0 if scheme.data_type == "nv_fp" else 4.0 / 448])
     values = torch.randn(shape[0], generator=generator).to(torch.bfloat16) if bias else None
-    return QuantizedLayer(name, weight, values)
+    return QuantizedLayer(name, weight, values, input_scale)
+
+
+def random_float_weight(scheme: QuantScheme, shape: tuple[int, int], generator: torch.Generator) -> FloatWeight:
+    """A record [out, in] with any finite code of either sign. Rows have a norm near 1."""
+    out_features, in_features = shape
+    grid = (scheme.row_groups(out_features), scheme.groups(in_features))
+    codes = torch.randint(0, 2**scheme.bits, shape, generator=generator).to(torch.uint8)
+    greatest = 6.0
+    if scheme.bits == 8:
+        codes = torch.where((codes & 0x7F) == 0x7F, codes - 1, codes)  # not NaN
+        greatest = 448.0
+    size = (0.5 + torch.rand(grid, generator=generator)) / (greatest * in_features**0.5)
+    if scheme.data_type == "mx_fp":
+        return FloatWeight(scheme, codes, (torch.log2(size).round() + 127).to(torch.uint8))
+    if scheme.data_type == "nv_fp":
+        factor = torch.tensor([64.0])
+        return FloatWeight(scheme, codes, (size * factor).to(torch.float8_e4m3fn), factor)
+    return FloatWeight(scheme, codes, size)
 
 
 def same(left: torch.Tensor, right: torch.Tensor) -> bool:
