@@ -108,7 +108,8 @@ def _open(path: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
-        return safe_open(path, framework="pt")
+        # read into memory of its own: mapped, the whole file would count as ours and stay as long as one tensor does
+        return safe_open(path, framework="pt", backend="pread")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"`{path}` is no complete safetensors file: {error}") from None
 
