@@ -29,8 +29,8 @@ ROOMS = [
     ["recipe", "records", "bitpack", "affine", "shards", "superblock", "support"],
     ["family", "layout", "format", "backend", "algorithm", "adapter"],
     [
-        "activations", "float_grid", "float_family",
-        "int_family", "rtn", "signround", "attention", "flow", "capture", "compute", "model_block", "calibration",
+        "activations", "float_grid", "float_family", "int_family", "rtn", "signround", "attention",
+        "serving_attention", "flow", "capture", "compute", "model_block", "calibration",
         "checkpoint_names", "structure", "causal_lm",
     ],
     ["hookspecs", "registry", "builtin"],

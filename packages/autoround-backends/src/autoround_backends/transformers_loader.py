@@ -156,6 +156,7 @@ class AutoRoundLoader(HfQuantizer):
         backends, wanted = self._wanted()
         if wanted == AUTO:
             speed_up_dense(model, self._linears, backends, model.device)
+            get_registry().adapter(self._original_config).serve(model, model.device)
 
     def _wanted(self) -> tuple[list[Backend], str]:
         """All backends, and the one that the configuration asks for; engines' own names there mean nothing here."""

@@ -131,6 +131,10 @@ class ModelAdapter(ABC):
         """A context for capture and tuning, for a model that runs faster another way where gradients are wanted."""
         return nullcontext()
 
+    def serve(self, model: torch.nn.Module, device: torch.device) -> None:
+        """Prepare a loaded model for inference on `device`; numbers change by roundings at most. Nothing by default."""
+        return
+
     @abstractmethod
     def rest(self, view: ModelView, quantized: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """(checkpoint name, tensor) of all that is stored besides the layers named in `quantized` and their biases."""

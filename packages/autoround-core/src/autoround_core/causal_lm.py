@@ -18,7 +18,9 @@ import torch
 from autoround_core.adapter import BlockView, LinearSite, ModelAdapter, ModelView, fuse
 from autoround_core.attention import tuning_attention
 from autoround_core.checkpoint_names import aliases, assembled, stored_names, to_checkpoint
+from autoround_core.compute import product_dtype
 from autoround_core.errors import ModelError
+from autoround_core.serving_attention import serve_in_float32
 from autoround_core.structure import SiteFinder, find_blocks
 
 _log = logging.getLogger(__name__)
@@ -78,6 +80,10 @@ class CausalLM(ModelAdapter):
 
     def tuning(self, model: torch.nn.Module, device: torch.device) -> AbstractContextManager[None]:
         return tuning_attention(model) if device.type == "cpu" else nullcontext()
+
+    def serve(self, model: torch.nn.Module, device: torch.device) -> None:
+        if device.type == "cpu" and product_dtype(torch.bfloat16, device, None) == torch.float32:
+            serve_in_float32(model)
 
     def rest(self, view: ModelView, quantized: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
         sites = [*view.sites(), *view.outer()]

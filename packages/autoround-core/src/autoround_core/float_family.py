@@ -73,13 +73,33 @@ class FloatFamily(NumberFamily):
     def quantize_activation(
         self, inputs: torch.Tensor, activation: ActivationScheme, input_scale: torch.Tensor | None
     ) -> torch.Tensor:
-        groups = _feature_groups(inputs.detach().float(), activation)
-        scale = self._activation_scale(groups.abs().amax(-1, keepdim=True), activation, input_scale)
-        numbers = self.grid(activation.bits).round(groups / scale).mul_(scale)
+        numbers, stored = self._activation_numbers(inputs, activation, input_scale)
+        numbers.mul_(self._activation_value(stored, activation, input_scale))
         return straight_through(inputs, numbers.flatten(-2)[..., : inputs.shape[-1]].to(inputs.dtype))
 
+    def activation_codes(
+        self, inputs: torch.Tensor, activation: ActivationScheme, input_scale: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `quantize_activation` rounds inputs [..., in] to, for kernels that multiply codes.
+
+        Returns uint8 codes [..., in], as in FloatWeight, and the scales [..., groups] as the family stores them.
+        """
+        numbers, stored = self._activation_numbers(inputs, activation, input_scale)
+        codes = to_codes(numbers.flatten(-2)[..., : inputs.shape[-1]], activation.bits)
+        return codes, stored.squeeze(-1)
+
+    def _activation_numbers(self, inputs, activation: ActivationScheme, input_scale):
+        """(numbers of the grid [..., groups, length], scales as stored [..., groups, 1])."""
+        groups = _feature_groups(inputs.detach().float(), activation)
+        stored = self._activation_scale(groups.abs().amax(-1, keepdim=True), activation, input_scale)
+        value = self._activation_value(stored, activation, input_scale)
+        return self.grid(activation.bits).round(groups / value), stored
+
     def _activation_scale(self, greatest, activation: ActivationScheme, input_scale) -> torch.Tensor:
-        return self.scale_value(self.stored_scale(greatest, activation.bits, input_scale), input_scale)
+        return self.stored_scale(greatest, activation.bits, input_scale)
+
+    def _activation_value(self, stored, activation: ActivationScheme, input_scale) -> torch.Tensor:
+        return self.scale_value(stored, input_scale)
 
 
 class Fp(FloatFamily):
@@ -109,7 +129,9 @@ class Fp(FloatFamily):
         return self.stored_scale(greatest.float().reshape(1), activation.bits, None)
 
     def _activation_scale(self, greatest, activation, input_scale):
-        return super()._activation_scale(greatest, activation, None) if activation.dynamic else input_scale
+        if activation.dynamic:
+            return self.stored_scale(greatest, activation.bits, None)
+        return input_scale.float().expand(greatest.shape)
 
 
 class MxFp(FloatFamily):

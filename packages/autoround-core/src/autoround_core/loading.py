@@ -106,6 +106,7 @@ def assemble(
         )
     if backend == AUTO:
         speed_up_dense(model, {site.module for site in view.sites()}, backends, device)
+        adapter.serve(model, device)
     return model.to(device)
 
 

@@ -57,7 +57,7 @@ INLINE_AVX512 void feature_avx512(
     int64_t group = 0, until = each;
     for (int64_t b = 0; b < blocks; b++, packed += block_bytes(bits)) {
         __m512i slot[SLOTS];
-        _mm_prefetch((const char *)packed + 1024, _MM_HINT_T0);
+        prefetch(packed, block_bytes(bits));
         slots_avx512(packed, bits, slot);
         if (!parts && b == until && group + 1 < groups) group++, until += each;
         for (int r = 0; r < runs; r++) {

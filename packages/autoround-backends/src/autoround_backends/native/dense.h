@@ -26,12 +26,6 @@ INLINE_AVX2 float read_one(uint16_t value, int dtype) {
     return dtype == FLOAT16 ? _cvtsh_ss(value) : from_bfloat16(value);
 }
 
-INLINE_AVX2 float add_eight(__m256 total) {
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(total), _mm256_extractf128_ps(total, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-
 /* Output feature n for `rows` rows of input from x on; chains: CHAINS for one row, 1 for several. */
 INLINE_AVX2 void dense_feature(
     const Dense *d, const float *x, int64_t n, int rows, int chains, int dtype, float *out) {

@@ -5,6 +5,14 @@ static inline __attribute__((always_inline)) TARGET void FEATURES(
     const Product *p, int64_t start, int64_t stop, int bits, int parts, int sym) {
     const Weight *w = p->weight;
     float sums[MAX_ROWS];
+#ifdef PAIR
+    if (p->inputs->rows == 1 && parts == 0 && !p->inputs->outliers)
+        for (; start + 2 <= stop; start += 2) {
+            PAIR(w, p->inputs, start, bits, sym, sums);
+            for (int f = 0; f < 2; f++)
+                store_one(p->out, start + f, p->dtype, sums[f] + (p->bias ? p->bias[start + f] : 0));
+        }
+#endif
     for (int64_t n = start; n < stop; n++)
         for (int64_t first = 0; first < p->inputs->rows; first += MAX_ROWS) {
             const int64_t left = p->inputs->rows - first;

@@ -19,7 +19,7 @@
 
 #include "blocks.h"
 
-enum { LOW_BITS = 14, HIGH_BITS = 15, LANES = 8, OUTLIER = 16 };
+enum { LOW_BITS = 14, HIGH_BITS = 15, LANES = 8, OUTLIER = 16, PIECE = 64 };
 
 typedef struct {
     int64_t rows, blocks, groups;
@@ -28,6 +28,7 @@ typedef struct {
     int32_t *sums;   /* [blocks, rows, 2, sums_of(parts), LANES] */
     float *steps;    /* [blocks, rows] */
     uint8_t *two;    /* [blocks, rows] */
+    int outliers;    /* whether any block has two terms */
 } Inputs;
 
 typedef struct {
@@ -80,6 +81,7 @@ static inline __attribute__((always_inline)) void make_inputs(
             const float factor = ldexpf(1, top - exponent);
             to->steps[at] = finite ? ldexpf(1, exponent - top) : NAN;
             to->two[at] = (uint8_t)two;
+            to->outliers |= two;
             for (int i = 0; i < BLOCK; i++) whole[i] = finite ? (int32_t)rintf(block[i] * factor) : 0;
             int16_t *values = to->values + at * 2 * BLOCK;
             int32_t *sum = to->sums + at * 2 * sums * LANES;

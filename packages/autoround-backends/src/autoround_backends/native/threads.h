@@ -10,6 +10,8 @@
 #include <dlfcn.h>
 #include <stdint.h>
 
+enum { PIECES = 2 }; /* for each thread: larger ones are read faster, more balance better */
+
 typedef void (*Piece)(void *work, int64_t start, int64_t stop);
 
 typedef struct {
@@ -33,7 +35,7 @@ static void in_parallel(Piece piece, void *work, int64_t count, int threads) {
     static Parallel parallel;
     static int looked;
     if (!looked) parallel = (Parallel)dlsym(RTLD_DEFAULT, "GOMP_parallel"), looked = 1;
-    const int64_t step = count / (threads * 8);
+    const int64_t step = count / (threads * PIECES);
     Share share = {piece, work, count, step > 1 ? step : 1, 0};
     if (parallel && threads > 1 && count > 1) parallel(take_pieces, &share, (unsigned)threads, 0);
     else take_pieces(&share);
