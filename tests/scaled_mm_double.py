@@ -13,6 +13,9 @@ import pytest
 import torch
 from torch.nn.functional import ScalingType, SwizzleType
 
+from autoround_backends.reference import Reference
+from autoround_core import get_registry
+
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 PLAIN, TILED = SwizzleType.NO_SWIZZLE, SwizzleType.SWIZZLE_32_4_4
 LENGTHS = {ScalingType.BlockWise1x16: 16, ScalingType.BlockWise1x32: 32}
@@ -108,3 +111,31 @@ def tile_index(rows: int, groups: int) -> torch.Tensor:
         [512 * (r // 128 * tiles + g // 4) + r % 32 * 16 + r % 128 // 32 * 4 + g % 4 for g in range(groups)]
         for r in range(rows)
     ])
+
+
+def assert_like_reference(backend, layer, dtype) -> None:
+    """The module of `backend` gives what the reference gives, to the rounding of `dtype`, for all kinds of inputs."""
+    cpu = torch.device("cpu")
+    module, reference = backend.build(layer, cpu, dtype), Reference().build(layer, cpu, dtype)
+    assert torch.equal(module.weight, reference.weight) and module.weight.dtype == dtype
+    wide, generator = module.in_features, torch.Generator().manual_seed(1)
+    matrix = layer.weight.dequantize(torch.float32).double()
+    family = get_registry().number_family(layer.weight.scheme.data_type)
+    for shape in ((wide,), (1, wide), (2, 3, wide), (300, wide), (0, wide), (2, 0, wide)):
+        plain = torch.randn(shape, generator=generator).to(dtype)
+        strided = torch.randn((*shape[:-1], 2 * wide), generator=generator).to(dtype)[..., ::2]
+        with_zeros = plain.clone().mul_((torch.arange(plain.numel()) // wide % 2).view(shape))
+        turned = torch.randn((wide, *shape[:-1]), generator=generator).to(dtype).movedim(0, -1)
+        for inputs in (plain, strided, with_zeros, turned):
+            before = inputs.clone()
+            with torch.no_grad():
+                found, emulated = module(inputs), reference(inputs)
+            assert found.dtype == dtype and found.shape == emulated.shape == (*shape[:-1], module.out_features)
+            assert torch.equal(inputs, before)
+            # not the reference's own inputs, which are rounded to dtype once more
+            x = family.quantize_activation(inputs.float(), layer.weight.scheme.activation, layer.input_scale).double()
+            bias = torch.zeros(1).double() if layer.bias is None else layer.bias.to(dtype).double()
+            exact, bound = x @ matrix.T + bias, x.abs() @ matrix.abs().T + bias.abs()
+            step = max(torch.finfo(dtype).eps, 2.0**-20)  # a sum in float32 is rounded several times
+            assert ((found.double() - exact).abs() <= step * bound).all()
+            assert ((found.double() - emulated.double()).abs() <= 3 * step * bound).all()

@@ -79,7 +79,9 @@ class ScaledLinear(torch.nn.Module, ABC):
         """The weight as it came."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        rows, shape = inputs.reshape(-1, self.in_features), (*inputs.shape[:-1], self.out_features)
+        shape = (*inputs.shape[:-1], self.out_features)
+        # flat first: a single row may count as contiguous with strides that the product refuses
+        rows = inputs.reshape(-1).view(-1, self.in_features)
         if not len(rows):
             return inputs.new_empty(shape)
         codes, scale = self._family.activation_codes(rows, self._activation, self.input_scale)
