@@ -96,6 +96,7 @@ def factors(scales, kinds, swizzles, shape) -> torch.Tensor:
     if kind == ScalingType.TensorWise:
         return scale.double().reshape(1, 1).expand(shape)
     if kind == ScalingType.RowWise:
+        assert scale.is_contiguous()  # the kernel reads a plain vector
         return scale.double().reshape(rows, 1).expand(shape)
     if kind == ScalingType.BlockWise1x128:
         assert rows % 4 == 0  # a column of scales starts at a multiple of 16 bytes

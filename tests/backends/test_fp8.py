@@ -20,7 +20,6 @@ ROWS = [PRESETS["FP8_DYNAMIC"], PRESETS["FP8_STATIC"]]
 BLOCKS = PRESETS["FP8_BLOCK"]
 # one scale for a matrix, as files of others have it
 MATRIX = [QuantScheme(8, -1, True, "fp", ActivationScheme(8, "fp", -1, dynamic), -1) for dynamic in (True, False)]
-WITH_DOUBLE = pytest.mark.usefixtures("scaled_mm")
 
 
 class OnTheCpu(Fp8):
@@ -98,6 +97,7 @@ def test_torch_would_accept_the_arguments_on_cuda(scaled_mm, scheme, kind):  # n
 
 LONG = QuantScheme(8, 64, True, "fp", ActivationScheme(8, "fp", 64), 64)
 STRANGE = QuantScheme(8, -1, True, "fp", ActivationScheme())
+MIXED = QuantScheme(8, -1, True, "fp", ActivationScheme(8, "fp", 128))
 
 
 @pytest.mark.parametrize(
@@ -114,6 +114,7 @@ STRANGE = QuantScheme(8, -1, True, "fp", ActivationScheme())
         (BLOCKS, (192, 128), "cuda", BF16, "needs whole blocks of 128 x 128, got 192 x 128"),
         (LONG, (128, 128), "cuda", BF16, "needs group_size -1 or 128, got 64"),
         (STRANGE, (48, 80), "cuda", BF16, "needs inputs of the kind of the weight"),
+        (MIXED, (48, 80), "cuda", BF16, "needs inputs of the kind of the weight"),
     ],
 )
 def test_refusals(any_gpu, scheme, shape, device, dtype, says):

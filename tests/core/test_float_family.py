@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from autoround_core.float_family import Fp, MxFp, NvFp, from_blocks
 from autoround_core.int_family import IntFamily
+from autoround_core.records import FloatWeight
 from autoround_core.scheme import PRESETS, ActivationScheme, QuantScheme
 
 FAMILIES = {family.data_type: family for family in (Fp(), MxFp(), NvFp())}
@@ -177,6 +180,22 @@ def test_an_input_is_quantized_like_a_weight_of_its_kind(name):
     per_token = QuantScheme(scheme.bits, activation.group_size, data_type=scheme.data_type)
     truth = family.tunable(rows, per_token).finish().dequantize(torch.float32)
     assert torch.allclose(found.view(-1, 96), truth, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["FP8_DYNAMIC", "FP8_STATIC", "FP8_BLOCK", "MXFP4", "MXFP8", "NVFP4"])
+@pytest.mark.parametrize("shape", [(96,), (15, 96), (3, 5, 96), (0, 96)])
+def test_codes_and_scales_of_an_input_are_those_of_its_values(name, shape):
+    scheme = PRESETS[name]
+    family, activation = FAMILIES[scheme.data_type], scheme.activation
+    input_scale = family.input_scale(activation, INPUTS.abs().max() / 2) if activation.calibrated else None
+    inputs = INPUTS.reshape(-1)[: math.prod(shape)].view(shape)
+    codes, stored = family.activation_codes(inputs, activation, input_scale)
+    length = 96 if activation.group_size == -1 else min(activation.group_size, 96)
+    assert codes.dtype == torch.uint8 and codes.shape == shape and stored.shape == (*shape[:-1], 96 // length)
+    rows = QuantScheme(scheme.bits, length, data_type=scheme.data_type)
+    found = FloatWeight(rows, codes.view(-1, 96), stored.reshape(-1, 96 // length).contiguous(),
+                        input_scale if scheme.data_type == "nv_fp" else None).dequantize(torch.float32)
+    assert torch.equal(found, family.quantize_activation(inputs, activation, input_scale).view(-1, 96))
 
 
 def test_a_static_scale_saturates():

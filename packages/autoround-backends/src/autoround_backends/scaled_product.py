@@ -80,8 +80,8 @@ class ScaledLinear(torch.nn.Module, ABC):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         shape = (*inputs.shape[:-1], self.out_features)
-        # flat first: a single row may count as contiguous with strides that the product refuses
-        rows = inputs.reshape(-1).view(-1, self.in_features)
+        # what is computed from a transposed input would be transposed too, and the product refuses that
+        rows = inputs.reshape(-1, self.in_features).contiguous()
         if not len(rows):
             return inputs.new_empty(shape)
         codes, scale = self._family.activation_codes(rows, self._activation, self.input_scale)
