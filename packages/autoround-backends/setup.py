@@ -12,7 +12,7 @@ setup(
             "autoround_backends._native",
             [f"{HERE}/library.c"],
             depends=glob(f"{HERE}/*.h"),
-            extra_compile_args=["-O3", "-std=c11"],
+            extra_compile_args=["-O3", "-std=c11", "-g0"],
             optional=True,
         )
     ]

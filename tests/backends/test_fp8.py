@@ -43,8 +43,8 @@ def layer_of(scheme, shape=(48, 80), bias=True, seed=0):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_conformance_on_torchs_cpu_product(any_gpu, dtype):
-    checked = check_backend(OnTheCpu(), dtype=dtype)
-    assert checked.cells == 2
+    checked = check_backend(OnTheCpu(), dtype=dtype, schemes=[*ROWS, PRESETS["FPW8A16"]])
+    assert checked.cells == 2 * 2  # of the kit's three shapes, those that 16 divides
     assert any("16 bits; the backend `reference` runs it" in reason for reason in checked.refusals)
 
 
@@ -73,6 +73,12 @@ def test_scales_of_16_bits_are_taken_as_they_are(kind):
 
 
 # --- through the double -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_conform_through_the_double(any_gpu, scaled_mm, dtype):  # noqa: F811
+    assert check_backend(OnTheCpu(), dtype=dtype, schemes=[BLOCKS]).cells == 1  # the shape of whole blocks
+    assert {size for _, size in scaled_mm.calls} == {(rows, 256, 128) for rows in (16, 32, 304, 4096)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,6 +1,6 @@
 """The conformance kit passes what is right and, shown by doubles with one fault each, fails what is wrong.
 
-The faulty backends and algorithms are in test_testing_modules.py.
+The faulty backends are in test_testing_backends.py, the algorithms in test_testing_modules.py.
 """
 
 from __future__ import annotations
@@ -67,12 +67,14 @@ def test_registered_backends_pass(name):
     backend = get_registry().backends()[name]
     device = next((kind for kind in ("cpu", "cuda", "xpu", "hpu") if kind in backend.support.devices), "cpu")
     checked = check_backend(backend, device=device)
-    assert checked.cells > 0 or backend.missing() or any("is not here" in reason for reason in checked.refusals)
+    if not checked.cells:
+        assert device != "cpu" or backend.missing()
+        pytest.skip(f"{name}: {checked.refusals[0]}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_reference_passes_in_other_dtypes(dtype):
-    assert check_backend(Reference(), dtype=dtype).cells == 6 * len(SCHEMES) + len(OTHER_SCHEMES)
+    assert check_backend(Reference(), dtype=dtype).cells == 6 * len(SCHEMES) + 3 * len(OTHER_SCHEMES)
 
 
 @pytest.mark.parametrize("name", sorted(get_registry().algorithms()))

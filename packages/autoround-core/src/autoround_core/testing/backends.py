@@ -4,22 +4,24 @@ The yardstick is computed here in float64 from the record's integers. An output 
 roundings of each product that went into it: |error| <= tolerance * (|x| @ |W|.T + |bias|). That bound is
 tight enough to catch one wrong scale, and holds for any order of summation.
 
-Integers of every width come in all shapes; floats, layers that round their inputs and ggml's block types in one. What
-a layer that rounds its inputs makes of them is asked of the number family, as tuning does.
+Integers of every width come in all shapes; floats, layers that round their inputs and ggml's block types in three. What
+a layer that rounds its inputs makes of them is asked of the number family, as tuning does. An input between two numbers
+that a kernel rounds the other way moves one product by one step, which in 16 bits is far below the bound.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 
 from autoround_core.backend import Backend
 from autoround_core.recipe import LinearSpec
-from autoround_core.records import AffineWeight, FloatWeight, QuantizedLayer, QuantizedWeight
+from autoround_core.records import QuantizedLayer
 from autoround_core.registry import get_registry
-from autoround_core.scheme import QuantScheme
+from autoround_core.scheme import BLOCK_TYPES, QuantScheme
 from autoround_core.testing.cases import (
     OTHER_SCHEMES,
     SCHEMES,
@@ -27,34 +29,50 @@ from autoround_core.testing.cases import (
     ask,
     conclude,
     doing,
+    exact,
     one_thread,
     random_layer,
     require,
     spec_of,
 )
 
-LARGEST = (64, 384)
-SHAPES = ((16, 128), (48, 256), LARGEST, (33, 96), (7, 40), (1, 32))
-BLOCKS = (64, 512)  # of schemes with blocks of up to 256 weights in a row, and of 128 rows
+SHAPES = ((16, 128), (48, 256), (64, 384), (33, 96), (7, 40), (1, 32))
+# of the others: many groups in a row; whole blocks of 128 rows; blocks and groups that are cut off at both edges
+OTHER_SHAPES = ((64, 512), (128, 256), (150, 208))
 ROWS = (0, 1, 3, 17, 300)
 MANY_ROWS = 4096
+# with all threads
+FEW_AND_MANY, FEW = (1, 17, MANY_ROWS), (1, 300)
 # four roundings: of the weight, of a scale or zero point, of a partial sum, of the output
 TOLERANCE = {
     torch.float64: 2.0**-16, torch.float32: 2.0**-16, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-7,
 }
 
 
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """A layer to be made. shape: (out, in)."""
+
+    scheme: QuantScheme
+    shape: tuple[int, int]
+    bias: bool
+    seed: int
+
+
 def check_backend(
     backend: Backend, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16,
     schemes: Sequence[QuantScheme] | None = None, tolerance: float | None = None,
 ) -> Checked:
-    """Build and run every layer that the backend accepts on `device`, with zero to 300 rows of input; of each width
-    one with 4096 rows.
+    """Build and run every layer that the backend accepts on `device`, with zero to 300 rows of input.
+
+    Of each width, and of each scheme that is not of plain integers, the largest layer is run again with all threads,
+    with a bias if it had none and without if it had one; of each width and number family one with 4096 rows.
 
     schemes: None = integers of 2 to 8 bits, and every named scheme whose number family is installed. tolerance: of an
     output element; None = four roundings of `dtype`. On a machine without the device, or without what the backend
-    needs, nothing is built and the result has 0 cells; why_not is asked all the same. A backend for layers that are
-    not quantized is given such.
+    needs, nothing is built, and the result has 0 cells and the reason first; why_not is asked all the same. So it is
+    for a device other than the CPU that is here, when `support` would take layers and why_not_layer takes none. A
+    backend for layers that are not quantized is given such.
     """
     device = torch.device(device)
     require(bool(backend.name), f"{type(backend).__name__} has no name")
@@ -63,58 +81,117 @@ def check_backend(
     absent = _absent(device) or backend.missing()
     if backend.support.dense:
         return _check_dense(backend, device, dtype, tolerance, absent)
-    cells, refusals = 0, {absent} if absent else set()
-    threaded: set[tuple[str, int]] = set()  # kinds of which a layer was run with all threads and many rows
-    for index, (scheme, shape) in enumerate(_cases(schemes)):
-        bias = (index // 12 + shape[0]) % 2 == 0
-        what = f"backend `{backend.name}`, {scheme} [{shape[0]}, {shape[1]}] on {device} in {dtype}"
-        reason = ask(what, backend.why_not, spec_of(scheme, shape, bias=bias), device, dtype)
-        if reason is not None or absent:
-            refusals |= {reason} if reason else set()
-            continue
-        layer = random_layer(scheme, shape, torch.Generator().manual_seed(index), bias=bias)
-        module, truth = _build(backend, layer, device, dtype, what), _truth(layer, dtype)
-        with one_thread():
-            _check_module(module, truth, device, dtype, tolerance, ROWS, what)
-        kind = (scheme.data_type, scheme.bits)
-        if shape in (LARGEST, BLOCKS) and kind not in threaded:
-            threaded.add(kind)
-            _check_module(module, truth, device, dtype, tolerance, (*ROWS, MANY_ROWS), f"{what}, all threads")
-        cells += 1
+    cases = list(_cases(schemes))
+    accepted, refusals = _accepted(backend, cases, device, dtype)
     if absent:
+        return Checked(0, (absent, *sorted(refusals - {absent})))
+    if not accepted and device.type != "cpu" and _within_support(backend, cases, device, dtype):
         return Checked(0, tuple(sorted(refusals)))
-    return conclude(f"backend `{backend.name}`", cells, refusals)
+    for case in accepted:
+        with one_thread():
+            _check_layer(backend, case, device, dtype, tolerance, ROWS)
+    widths: set[tuple[str, int]] = set()
+    for case in _largest(accepted):
+        turned, more = _accepted(backend, [replace(case, bias=not case.bias)], device, dtype)
+        width = (case.scheme.data_type, case.scheme.bits)
+        rows = FEW if width in widths else FEW_AND_MANY
+        _check_layer(backend, [*turned, case][0], device, dtype, tolerance, rows, "all threads")
+        refusals, widths = refusals | more, widths | {width}
+    return conclude(f"backend `{backend.name}`", len(accepted), refusals)
+
+
+def _cases(schemes: Sequence[QuantScheme] | None) -> Iterator[_Case]:
+    """Schemes of a number family that is not installed are left out."""
+    families, seed = get_registry().number_families(), 0
+    for scheme in (*SCHEMES, *OTHER_SCHEMES) if schemes is None else schemes:
+        if scheme.data_type not in families:
+            continue
+        for shape in SHAPES if _plain(scheme) else OTHER_SHAPES:
+            if scheme.data_type in BLOCK_TYPES:
+                shape = (shape[0], -(-shape[1] // 256) * 256)
+            yield _Case(scheme, shape, (seed // 12 + shape[0]) % 2 == 0, seed)
+            seed += 1
+
+
+def _plain(scheme: QuantScheme) -> bool:
+    return scheme.data_type == "int" and scheme.activation is None
+
+
+def _largest(cases: Sequence[_Case]) -> Iterable[_Case]:
+    """The largest of each width, and of each scheme that is not of plain integers."""
+    found: dict[int | QuantScheme, _Case] = {}
+    for case in cases:
+        kind = case.scheme.bits if _plain(case.scheme) else case.scheme
+        if kind not in found or case.shape[0] * case.shape[1] > found[kind].shape[0] * found[kind].shape[1]:
+            found[kind] = case
+    return found.values()
+
+
+def _accepted(
+    backend: Backend, cases: Sequence[_Case], device: torch.device, dtype: torch.dtype
+) -> tuple[list[_Case], set[str]]:
+    """The cases that the backend takes, and why it does not take the others."""
+    accepted, refusals = [], set()
+    for case in cases:
+        spec = spec_of(case.scheme, case.shape, bias=case.bias)
+        reason = ask(_words(backend, case, device, dtype), backend.why_not, spec, device, dtype)
+        if reason is None:
+            accepted.append(case)
+        else:
+            refusals.add(reason)
+    return accepted, refusals
+
+
+def _within_support(
+    backend: Backend, cases: Sequence[_Case], device: torch.device, dtype: torch.dtype
+) -> bool:
+    specs = (spec_of(case.scheme, case.shape, bias=case.bias) for case in cases)
+    return any(backend.support.why_not(spec, device, dtype) is None for spec in specs)
+
+
+def _words(backend: Backend, case: _Case, device: torch.device, dtype: torch.dtype) -> str:
+    out_features, in_features = case.shape
+    return f"backend `{backend.name}`, {case.scheme} [{out_features}, {in_features}] on {device} in {dtype}"
+
+
+def _check_layer(
+    backend: Backend, case: _Case, device: torch.device, dtype: torch.dtype, tolerance: float,
+    rows: tuple[int, ...], how: str = "",
+) -> None:
+    what = _words(backend, case, device, dtype)
+    layer = random_layer(case.scheme, case.shape, torch.Generator().manual_seed(case.seed), bias=case.bias)
+    module = _build(backend, layer, device, dtype, what)
+    _check_module(module, _truth(layer, dtype), device, dtype, tolerance, rows, f"{what}, {how}" if how else what)
 
 
 def _check_dense(
     backend: Backend, device: torch.device, dtype: torch.dtype, tolerance: float, absent: str | None,
 ) -> Checked:
-    cells, refusals = 0, {absent} if absent else set()
-    for index, (out_features, in_features) in enumerate(SHAPES):
+    cells, refusals = 0, set()
+    for index, ((out_features, in_features), has_bias) in enumerate(product(SHAPES, (True, False))):
         what = f"backend `{backend.name}`, a dense layer [{out_features}, {in_features}] on {device} in {dtype}"
-        spec = LinearSpec("layer", in_features, out_features, None, index % 2 == 0)
+        spec = LinearSpec("layer", in_features, out_features, None, has_bias)
         reason = ask(what, backend.why_not, spec, device, dtype)
         if reason is not None or absent:
             refusals |= {reason} if reason else set()
             continue
-        linear = torch.nn.Linear(in_features, out_features, bias=index % 2 == 0, dtype=dtype).to(device)
-        bias = None if linear.bias is None else linear.bias.detach().cpu().double()
-        truth = _Truth(linear.weight.detach().cpu().double(), bias, lambda inputs: inputs)
+        linear = torch.nn.utils.skip_init(torch.nn.Linear, in_features, out_features, bias=has_bias, dtype=dtype)
+        generator = torch.Generator().manual_seed(index)
+        for parameter in linear.parameters():
+            parameter.data = (torch.randn(parameter.shape, generator=generator) / in_features**0.5).to(dtype)
+        bias = linear.bias.detach().double() if has_bias else None
+        truth = _Truth(linear.weight.detach().double(), bias, lambda inputs: inputs)
+        linear = linear.to(device)
         with doing(f"{what}: build_dense"):
             module = backend.build_dense(linear)
         with one_thread():
             _check_module(module, truth, device, dtype, tolerance, ROWS, what)
+        if not cells % 4:
+            _check_module(module, truth, device, dtype, tolerance, (MANY_ROWS,), f"{what}, all threads")
         cells += 1
-    return Checked(0, tuple(sorted(refusals))) if absent else conclude(f"backend `{backend.name}`", cells, refusals)
-
-
-def _cases(schemes: Sequence[QuantScheme] | None) -> Iterator[tuple[QuantScheme, tuple[int, int]]]:
-    """(scheme, shape) of each layer. Schemes of a number family that is not installed are left out."""
-    families = get_registry().number_families()
-    for scheme in (*SCHEMES, *OTHER_SCHEMES) if schemes is None else schemes:
-        if scheme.data_type in families:
-            plain = scheme.data_type == "int" and scheme.activation is None
-            yield from ((scheme, shape) for shape in (SHAPES if plain else (BLOCKS,)))
+    if absent:
+        return Checked(0, (absent, *sorted(refusals - {absent})))
+    return conclude(f"backend `{backend.name}`", cells, refusals)
 
 
 def _absent(device: torch.device) -> str | None:
@@ -140,8 +217,13 @@ def _check_answers(backend: Backend) -> None:
 def _inputs(rows: int, in_features: int, dtype: torch.dtype) -> list[tuple[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(rows)
     plain = torch.randn(rows, in_features, generator=generator).to(dtype)
+    plain[1:2] = 0  # a token of zeros, as padding is: nothing to scale by
+    if rows == MANY_ROWS:
+        return [("contiguous", plain)]
     strided = torch.randn(in_features, rows, generator=generator).to(dtype).T
     cases = [("contiguous", plain), ("non-contiguous", strided)]
+    if rows == 0:
+        cases.append(("3-D", plain.expand(2, 0, in_features)))
     if rows == 3:
         cases += [("3-D", plain[None].repeat(2, 1, 1)), ("1-D", plain[0])]
         cases.append(("3-D, non-contiguous", strided.expand(2, rows, in_features)))
@@ -216,37 +298,3 @@ def _entering(layer: QuantizedLayer, inputs: torch.Tensor) -> torch.Tensor:
         return inputs
     family = get_registry().number_family(scheme.data_type)
     return family.quantize_activation(inputs, scheme.activation, layer.input_scale)
-
-
-def exact(weight: QuantizedWeight) -> torch.Tensor:
-    """The weight in float64 [out, in], by second copies of the formulas, to judge the first by.
-
-    ggml's block types are the exception: their own dequantization is compared with ggml's elsewhere.
-    """
-    if isinstance(weight, FloatWeight):
-        return _exact_float(weight)
-    if not isinstance(weight, AffineWeight):
-        return weight.dequantize(torch.float32).double()
-    length = weight.scheme.group_length(weight.shape[1])
-    scale, zero_point = (tensor.double().repeat_interleave(length, dim=1)[:, : weight.shape[1]]
-                         for tensor in (weight.scale, weight.zero_point))
-    return scale * (weight.codes.double() - zero_point)
-
-
-def _exact_float(weight: FloatWeight) -> torch.Tensor:
-    """sign * mantissa * 2**exponent, times the scale of its block."""
-    exponent_bits, mantissa_bits, bias = (4, 3, 7) if weight.scheme.bits == 8 else (2, 1, 1)
-    codes = weight.codes.long()
-    exponent = codes >> mantissa_bits & (1 << exponent_bits) - 1
-    mantissa = (codes & (1 << mantissa_bits) - 1).double() / 2**mantissa_bits
-    number = torch.where(exponent == 0, mantissa * 2.0 ** (1 - bias), (1 + mantissa) * 2.0 ** (exponent - bias))
-    number = torch.where(codes >> (exponent_bits + mantissa_bits) == 1, -number, number)
-    scale = weight.scale.double()
-    if weight.scheme.data_type == "mx_fp":
-        scale = 2.0 ** (scale - 127)
-    if weight.global_scale is not None:
-        scale = scale / weight.global_scale.double()
-    rows, columns = weight.shape
-    tall = rows if weight.scheme.group_rows == -1 else weight.scheme.group_rows
-    scale = scale.repeat_interleave(tall, 0)[:rows]
-    return number * scale.repeat_interleave(weight.scheme.group_length(columns), 1)[:, :columns]

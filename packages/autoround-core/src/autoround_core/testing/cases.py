@@ -149,6 +149,40 @@ def random_float_weight(scheme: QuantScheme, shape: tuple[int, int], generator: 
     return FloatWeight(scheme, codes, size)
 
 
+def exact(weight: QuantizedWeight) -> torch.Tensor:
+    """The weight in float64 [out, in], by second copies of the formulas, to judge the first by.
+
+    ggml's block types are the exception: their own dequantization is compared with ggml's elsewhere.
+    """
+    if isinstance(weight, FloatWeight):
+        return _exact_float(weight)
+    if not isinstance(weight, AffineWeight):
+        return weight.dequantize(torch.float32).double()
+    length = weight.scheme.group_length(weight.shape[1])
+    scale, zero_point = (tensor.double().repeat_interleave(length, dim=1)[:, : weight.shape[1]]
+                         for tensor in (weight.scale, weight.zero_point))
+    return scale * (weight.codes.double() - zero_point)
+
+
+def _exact_float(weight: FloatWeight) -> torch.Tensor:
+    """sign * mantissa * 2**exponent, times the scale of its block."""
+    exponent_bits, mantissa_bits, bias = (4, 3, 7) if weight.scheme.bits == 8 else (2, 1, 1)
+    codes = weight.codes.long()
+    exponent = codes >> mantissa_bits & (1 << exponent_bits) - 1
+    mantissa = (codes & (1 << mantissa_bits) - 1).double() / 2**mantissa_bits
+    number = torch.where(exponent == 0, mantissa * 2.0 ** (1 - bias), (1 + mantissa) * 2.0 ** (exponent - bias))
+    number = torch.where(codes >> (exponent_bits + mantissa_bits) == 1, -number, number)
+    scale = weight.scale.double()
+    if weight.scheme.data_type == "mx_fp":
+        scale = 2.0 ** (scale - 127)
+    if weight.global_scale is not None:
+        scale = scale / weight.global_scale.double()
+    rows, columns = weight.shape
+    tall = rows if weight.scheme.group_rows == -1 else weight.scheme.group_rows
+    scale = scale.repeat_interleave(tall, 0)[:rows]
+    return number * scale.repeat_interleave(weight.scheme.group_length(columns), 1)[:, :columns]
+
+
 def same(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Equal dtype, shape and bytes."""
     return left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right)
