@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from autoround_backends.reference import Reference
-from autoround_core import Backend, QuantScheme, Support
+from autoround_core import Backend, QuantScheme
 from autoround_core.scheme import BLOCK_TYPES
 from autoround_core.testing import OTHER_SCHEMES, SCHEMES, Checked, check_backend
+from autoround_core.testing.cases import random_inputs
 
 # --- doubles ----------------------------------------------------------------------------------------------
 
@@ -122,6 +123,39 @@ def wrong_last(tensor):
     return tensor
 
 
+def rounded_to_e4m3(dims):
+    """A layer that rounds its inputs, with a scale for the greatest along `dims`, and multiplies by 1 / scale."""
+    def run(inner, inputs):
+        greatest = inputs.abs().amax(dims, keepdim=True) if inputs.numel() else inputs[..., :1]
+        scale = (greatest.float() / 448).clamp(min=1e-6)
+        codes = (inputs * scale.reciprocal()).to(torch.float8_e4m3fn)
+        return torch.nn.functional.linear((codes.float() * scale).to(inputs.dtype), inner.weight, inner.bias)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_kernel_with_a_rounding_of_its_own_passes(dtype):
+    double = BackendDouble(forward=rounded_to_e4m3(-1))
+    assert check_backend(double, schemes=[QuantScheme.parse("FP8_DYNAMIC")], dtype=dtype).cells == 3
+
+
+def test_one_scale_for_all_tokens_is_noticed():
+    double = BackendDouble(forward=rounded_to_e4m3(()))
+    with pytest.raises(AssertionError, match="[1-9][0-9]* rows .*outputs are wrong"):
+        check_backend(double, schemes=[QuantScheme.parse("FP8_DYNAMIC")], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_no_input_lies_in_the_middle_of_two_numbers(dtype):
+    """Of E4M3, scaled to the greatest of a token or of 128 features."""
+    for _, inputs in random_inputs(300, 256, dtype):
+        for wide in (inputs[2:].double(), inputs[2:].double().unflatten(-1, (2, 128))):
+            numbers = (wide / wide.abs().amax(-1, keepdim=True)).abs() * 448
+            steps = numbers / 2.0 ** (torch.frexp(numbers).exponent.clamp(min=-5) - 4)
+            assert ((steps - steps.floor() - 0.5).abs() > 2.0**-16).all()
+
+
 def wrong_input_scale(layer):
     return replace(layer, input_scale=layer.input_scale * 1.5)
 
@@ -229,43 +263,6 @@ def test_the_tolerance_is_that_of_the_dtype_or_the_given_one():
     assert check_backend(double, schemes=schemes, dtype=torch.float32, tolerance=2**-9).cells == 6
     with pytest.raises(AssertionError, match="outputs are wrong"):
         check_backend(BackendDouble(), schemes=schemes, dtype=torch.bfloat16, tolerance=2**-20)
-
-
-# --- what cannot run here ---------------------------------------------------------------------------------
-
-
-class Needy(Backend):
-    """Wants a device, a package, a capability."""
-
-    name = "needy"
-
-    def __init__(self, device, package=None, reason=None):
-        packages = (package,) if package else ()
-        self.support = Support(devices=(device,), data_types=(), activations=True, packages=packages, install="x[y]")
-        self._reason = reason
-
-    def why_not_layer(self, spec, device, dtype):
-        return self._reason
-
-    def build(self, layer, device, dtype):
-        raise RuntimeError("built all the same")
-
-
-@pytest.mark.parametrize("backend, device, reason", [
-    (Needy("hpu"), "hpu", "device `hpu` is not here"),
-    (Needy("cpu", "no_such_package"), "cpu", "no_such_package not installed; pip install x[y]"),
-    (Needy("meta", reason="needs compute capability 10.0, got 9.0"), "meta", "needs compute capability 10.0, got 9.0"),
-])
-def test_what_is_not_here_is_skipped_with_the_reason_first(backend, device, reason):
-    checked = check_backend(backend, device=device, schemes=SCHEMES[:2])
-    assert checked.cells == 0 and checked.refusals[0].startswith(reason)
-
-
-def test_a_refusal_of_everything_is_no_absence():
-    with pytest.raises(AssertionError, match="nothing was checked"):  # its support says no
-        check_backend(Needy("cuda"), device="meta", schemes=SCHEMES[:2])
-    with pytest.raises(AssertionError, match="nothing was checked"):  # the CPU is always here
-        check_backend(Needy("cpu", reason="needs luck"), schemes=SCHEMES[:2])
 
 
 # --- all schemes ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The conformance kit fails algorithms with a fault; see test_testing.py for what it passes."""
+"""The conformance kit skips backends whose device is not here, and fails algorithms with a fault."""
 
 from __future__ import annotations
 
@@ -7,9 +7,48 @@ from dataclasses import replace
 import pytest
 import torch
 
-from autoround_core import Algorithm, BlockResult, QuantScheme
+from autoround_core import Algorithm, Backend, BlockResult, QuantScheme, Support
 from autoround_core.rtn import RoundToNearest
-from autoround_core.testing import check_algorithm
+from autoround_core.testing import SCHEMES, check_algorithm, check_backend
+
+# --- backends that cannot run here -------------------------------------------------------------------------
+
+
+class Needy(Backend):
+    """Wants a device, a package, a capability."""
+
+    name = "needy"
+
+    def __init__(self, device, package=None, reason=None):
+        packages = (package,) if package else ()
+        self.support = Support(devices=(device,), data_types=(), activations=True, packages=packages, install="x[y]")
+        self._reason = reason
+
+    def why_not_layer(self, spec, device, dtype):
+        return self._reason
+
+    def build(self, layer, device, dtype):
+        raise RuntimeError("built all the same")
+
+
+@pytest.mark.parametrize("backend, device, reason", [
+    (Needy("hpu"), "hpu", "device `hpu` is not here"),
+    (Needy("cpu", "no_such_package"), "cpu", "no_such_package not installed; pip install x[y]"),
+    (Needy("meta", reason="needs compute capability 10.0, got 9.0"), "meta", "needs compute capability 10.0, got 9.0"),
+])
+def test_what_is_not_here_is_skipped_with_the_reason_first(backend, device, reason):
+    checked = check_backend(backend, device=device, schemes=SCHEMES[:2])
+    assert checked.cells == 0 and checked.refusals[0].startswith(reason)
+
+
+def test_a_refusal_of_everything_is_no_absence():
+    with pytest.raises(AssertionError, match="nothing was checked"):  # its support says no
+        check_backend(Needy("cuda"), device="meta", schemes=SCHEMES[:2])
+    with pytest.raises(AssertionError, match="nothing was checked"):  # the CPU is always here
+        check_backend(Needy("cpu", reason="needs luck"), schemes=SCHEMES[:2])
+
+
+# --- algorithms with a fault -------------------------------------------------------------------------------
 
 
 def test_the_double_itself_is_sound():
@@ -18,9 +57,6 @@ def test_the_double_itself_is_sound():
 
 def fail(*arguments):
     raise RuntimeError("on purpose")
-
-
-# --- algorithms with a fault -------------------------------------------------------------------------------
 
 
 class AlgorithmDouble(Algorithm):

@@ -5,8 +5,8 @@ roundings of each product that went into it: |error| <= tolerance * (|x| @ |W|.T
 tight enough to catch one wrong scale, and holds for any order of summation.
 
 Integers of every width come in all shapes; floats, layers that round their inputs and ggml's block types in three. What
-a layer that rounds its inputs makes of them is asked of the number family, as tuning does. An input between two numbers
-that a kernel rounds the other way moves one product by one step, which in 16 bits is far below the bound.
+a layer that rounds its inputs makes of them is asked of the number family, as tuning does. The inputs are chosen so
+that none lies just between two numbers, where a kernel that multiplies by 1 / scale may round the other way.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from autoround_core.records import QuantizedLayer
 from autoround_core.registry import get_registry
 from autoround_core.scheme import BLOCK_TYPES, QuantScheme
 from autoround_core.testing.cases import (
+    MANY_ROWS,
     OTHER_SCHEMES,
     SCHEMES,
     Checked,
@@ -31,6 +32,7 @@ from autoround_core.testing.cases import (
     doing,
     exact,
     one_thread,
+    random_inputs,
     random_layer,
     require,
     spec_of,
@@ -40,7 +42,6 @@ SHAPES = ((16, 128), (48, 256), (64, 384), (33, 96), (7, 40), (1, 32))
 # of the others: many groups in a row; whole blocks of 128 rows; blocks and groups that are cut off at both edges
 OTHER_SHAPES = ((64, 512), (128, 256), (150, 208))
 ROWS = (0, 1, 3, 17, 300)
-MANY_ROWS = 4096
 # with all threads
 FEW_AND_MANY, FEW = (1, 17, MANY_ROWS), (1, 300)
 # four roundings: of the weight, of a scale or zero point, of a partial sum, of the output
@@ -214,22 +215,6 @@ def _check_answers(backend: Backend) -> None:
                     ask(f"backend `{backend.name}`", backend.why_not, spec, torch.device(device), dtype)
 
 
-def _inputs(rows: int, in_features: int, dtype: torch.dtype) -> list[tuple[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(rows)
-    plain = torch.randn(rows, in_features, generator=generator).to(dtype)
-    plain[1:2] = 0  # a token of zeros, as padding is: nothing to scale by
-    if rows == MANY_ROWS:
-        return [("contiguous", plain)]
-    strided = torch.randn(in_features, rows, generator=generator).to(dtype).T
-    cases = [("contiguous", plain), ("non-contiguous", strided)]
-    if rows == 0:
-        cases.append(("3-D", plain.expand(2, 0, in_features)))
-    if rows == 3:
-        cases += [("3-D", plain[None].repeat(2, 1, 1)), ("1-D", plain[0])]
-        cases.append(("3-D, non-contiguous", strided.expand(2, rows, in_features)))
-    return cases
-
-
 def _build(
     backend: Backend, layer: QuantizedLayer, device: torch.device, dtype: torch.dtype, what: str,
 ) -> torch.nn.Module:
@@ -261,7 +246,7 @@ def _check_module(
     row_counts: tuple[int, ...], what: str,
 ) -> None:
     for rows in row_counts:
-        for kind, inputs in _inputs(rows, truth.matrix.shape[1], dtype):
+        for kind, inputs in random_inputs(rows, truth.matrix.shape[1], dtype):
             _check_forward(module, truth, inputs.to(device), tolerance, f"{what}, {rows} rows ({kind})")
 
 

@@ -15,6 +15,8 @@ from autoround_core.registry import get_registry
 from autoround_core.scheme import BLOCK_TYPES, GGUF_TYPES, MAX_BITS, MIN_BITS, PRESETS, QuantScheme
 
 _REASONS = 4  # refusals shown in an error
+MANY_ROWS = 4096
+_APART = 128  # of outliers in a row of inputs
 SCHEMES: tuple[QuantScheme, ...] = tuple(
     QuantScheme(bits, group_size, sym)
     for bits in range(MIN_BITS, MAX_BITS + 1)
@@ -125,7 +127,7 @@ def random_layer(
     else:
         weight = random_float_weight(scheme, shape, generator)
     if scheme.activation and scheme.activation.calibrated:
-        # inputs of the checks are normal: 4 is about the greatest, and greater ones are clipped by everybody
+        # inputs of the checks are normal, about 4 is the greatest; those that are greater are clipped by everybody
         input_scale = torch.tensor([448 * 6 / 4.0 if scheme.data_type == "nv_fp" else 4.0 / 448])
     values = torch.randn(shape[0], generator=generator).to(torch.bfloat16) if bias else None
     return QuantizedLayer(name, weight, values, input_scale)
@@ -147,6 +149,36 @@ def random_float_weight(scheme: QuantScheme, shape: tuple[int, int], generator: 
         factor = torch.tensor([64.0])
         return FloatWeight(scheme, codes, (size * factor).to(torch.float8_e4m3fn), factor)
     return FloatWeight(scheme, codes, size)
+
+
+def random_inputs(rows: int, in_features: int, dtype: torch.dtype) -> list[tuple[str, torch.Tensor]]:
+    """Inputs [..., rows, in] of layers, with and without strides, and what to call them. Many come in one way only."""
+    generator = torch.Generator().manual_seed(rows)
+    plain = _with_outliers(torch.randn(rows, in_features, generator=generator).to(dtype))
+    plain[1:2] = 0  # a token of zeros, as padding is: nothing to scale by
+    if rows == MANY_ROWS:
+        return [("contiguous", plain)]
+    strided = _with_outliers(torch.randn(in_features, rows, generator=generator).to(dtype).T)
+    cases = [("contiguous", plain), ("non-contiguous", strided)]
+    if rows == 0:
+        cases.append(("3-D", plain.expand(2, 0, in_features)))
+    if rows == 3:
+        cases += [("3-D", plain[None].repeat(2, 1, 1)), ("1-D", plain[0])]
+        cases.append(("3-D, non-contiguous", strided.expand(2, rows, in_features)))
+    return cases
+
+
+def _with_outliers(inputs: torch.Tensor) -> torch.Tensor:
+    """`inputs` [rows, in], whose greatest of each 128 become three numbers by turns, from 9 to 16.
+
+    The mantissa of each is a prime. So no other input, divided by it and multiplied by 448, is in the middle of two
+    numbers of E4M3, where a kernel that multiplies by 1 / scale may round the other way.
+    """
+    mantissas = torch.tensor((251, 193, 149) if inputs.dtype == torch.bfloat16 else (2039, 1583, 1193))
+    rows, blocks = torch.arange(len(inputs)).view(-1, 1), torch.arange(-(-inputs.shape[1] // _APART))
+    greatest = 16 * mantissas[(rows + blocks) % 3] / (256 if inputs.dtype == torch.bfloat16 else 2048)
+    inputs[:, ::_APART] = greatest.to(inputs.dtype).copysign(inputs[:, ::_APART])
+    return inputs
 
 
 def exact(weight: QuantizedWeight) -> torch.Tensor:
