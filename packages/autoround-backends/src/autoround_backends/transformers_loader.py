@@ -25,8 +25,6 @@ from autoround_core import (
     CheckpointError,
     CheckpointReader,
     LinearSite,
-    LinearSpec,
-    QuantizedLayer,
     TensorFiles,
     UnsupportedError,
     get_registry,
@@ -34,7 +32,7 @@ from autoround_core import (
 )
 from autoround_core.adapter import fuse
 from autoround_core.backend import AUTO, Backend
-from autoround_core.loading import find_format, speed_up_dense
+from autoround_core.loading import find_format, spec_of, speed_up_dense
 
 _INITIALIZED = "_is_hf_initialized"  # how Transformers marks what it need not fill with random numbers
 METHODS = ("auto-round", "gptq", "awq")
@@ -80,7 +78,7 @@ class AutoRoundLoader(HfQuantizer):
         self._sites = self._find_sites(model)
         for site in self._sites.values():
             if site.expert is None:
-                _put(model, site.module, Pending(site))
+                model.set_submodule(site.module, Pending(site))
         # the packed tensors are ours to read, and the experts ours to fill
         packed = {_pattern(name) for name in self._reader.layer_names()}
         packed |= {rf"\.{kind}$" for kind in self._kinds() - {"weight", "bias"}}  # under names that are changed first
@@ -141,6 +139,7 @@ class AutoRoundLoader(HfQuantizer):
         # as it was written: the classes of Transformers forget what they do not know
         model.config.quantization_config = self._original_config["quantization_config"]
         experts: dict[str, torch.Tensor] = {}
+        backends, wanted = self._wanted()
         for layer in self._reader.layers():
             site = self._sites.get(layer.name)
             if site is None:
@@ -149,11 +148,13 @@ class AutoRoundLoader(HfQuantizer):
                 raise CheckpointError(f"layer `{layer.name}` is {layer.weight.shape} in `{self._directory}`, "
                                       f"{(site.out_features, site.in_features)} in the model")
             if site.expert is None:
-                _put(model, site.module, self._build(model, site, layer))
+                device = _device(model, site.module)
+                chosen = select_backend(backends, spec_of(layer), device, model.dtype, wanted)
+                module = chosen.build(layer, device, model.dtype)
+                model.set_submodule(site.module, module.eval().requires_grad_(False))
             else:
                 experts[site.name] = layer.weight.dequantize(model.dtype)
         self._fill_experts(model, experts)
-        backends, wanted = self._wanted()
         if wanted == AUTO:
             speed_up_dense(model, self._linears, backends, model.device)
             get_registry().adapter(self._original_config).serve(model, model.device)
@@ -163,13 +164,6 @@ class AutoRoundLoader(HfQuantizer):
         backends = list(get_registry().backends().values())
         wanted = str(getattr(self.quantization_config, "backend", None) or AUTO)
         return backends, wanted if wanted in {backend.name for backend in backends} else AUTO
-
-    def _build(self, model: Any, site: LinearSite, layer: QuantizedLayer) -> torch.nn.Module:
-        backends, wanted = self._wanted()
-        device = _device(model, site.module)
-        spec = LinearSpec(layer.name, site.in_features, site.out_features, layer.weight.scheme, layer.bias is not None)
-        module = select_backend(backends, spec, device, model.dtype, wanted).build(layer, device, model.dtype)
-        return module.eval().requires_grad_(False)
 
     def _fill_experts(self, model: Any, weights: Mapping[str, torch.Tensor]) -> None:
         kept = TensorFiles(self._directory) if self._experts else {}
@@ -222,11 +216,6 @@ class AutoRoundLoader(HfQuantizer):
 def _pattern(layer: str) -> str:
     """A regular expression for the tensors of a layer and of those that are called alike in other blocks."""
     return "^" + re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(layer)) + r"\."
-
-
-def _put(model: torch.nn.Module, path: str, module: torch.nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
 
 
 def _device(model: torch.nn.Module, path: str) -> torch.device:

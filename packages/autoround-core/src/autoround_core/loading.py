@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from autoround_core.adapter import LinearSite, ModelAdapter, ModelView
+from autoround_core.adapter import ModelAdapter, ModelView
 from autoround_core.backend import AUTO, Backend, answers, select_backend
 from autoround_core.compute import find_device
 from autoround_core.errors import CheckpointError, UsageError
@@ -59,10 +59,17 @@ def load(
     """
     path, device = Path(path), find_device(device)
     found = find_format(path)
+    adapter, model = skeleton_of(found, path, dtype=dtype, trust_remote_code=trust_remote_code)
+    return assemble(model, adapter, found.read(path), device=device, backend=backend)
+
+
+def skeleton_of(
+    found: CheckpointFormat, path: Path, *, dtype: torch.dtype | None, trust_remote_code: bool
+) -> tuple[ModelAdapter, Any]:
+    """The adapter of a checkpoint of format `found`, and its model without weights. dtype: None = as stored."""
     with found.home(path) as home:
         adapter: ModelAdapter = get_registry().adapter(read_json(home / "config.json"))
-        model = adapter.skeleton(home, trust_remote_code=trust_remote_code, dtype=dtype or found.dtype)
-    return assemble(model, adapter, found.read(path), device=device, backend=backend)
+        return adapter, adapter.skeleton(home, trust_remote_code=trust_remote_code, dtype=dtype or found.dtype)
 
 
 def assemble(
@@ -97,7 +104,7 @@ def assemble(
     if (dense or built) and (strange := adapter.unexpected(view, rest)):
         raise CheckpointError(f"the checkpoint holds `{min(strange)}`, for which the model has no place")
     for site, module in built:
-        _replace(view, site, module)
+        model.set_submodule(site.module, module)
     missing = adapter.fill(view, dense | rest)
     if missing:
         raise CheckpointError(
@@ -131,11 +138,6 @@ def dequantized_names(view: ModelView) -> set[str]:
     return {site.name for site in sites if site.expert is not None or site is view.embedding}
 
 
-def _replace(view: ModelView, site: LinearSite, module: torch.nn.Module) -> None:
-    parent, _, name = site.module.rpartition(".")
-    setattr(view.model.get_submodule(parent), name, module)
-
-
 def explain(
     path: str | Path,
     *,
@@ -151,9 +153,7 @@ def explain(
     if dtype is not None and not dtype.is_floating_point:
         raise UsageError(f"dtype must be a float type, got {dtype}")
     found = find_format(path)
-    with found.home(path) as home:
-        adapter: ModelAdapter = get_registry().adapter(read_json(home / "config.json"))
-        model = adapter.skeleton(home, trust_remote_code=trust_remote_code, dtype=dtype or found.dtype)
+    adapter, model = skeleton_of(found, path, dtype=dtype, trust_remote_code=trust_remote_code)
     unserved = dequantized_names(adapter.view(model))
     kinds: dict[tuple, tuple[LinearSpec, int]] = {}
     for layer in found.read(path).layers():

@@ -29,12 +29,11 @@ from autoround_core.backend import AUTO, select_backend
 from autoround_core.compute import find_device
 from autoround_core.errors import AutoRoundError, NonFiniteError, UnsupportedError
 from autoround_core.format import CheckpointReader
-from autoround_core.loading import assemble, dequantized_names, find_format, spec_of
+from autoround_core.loading import assemble, dequantized_names, find_format, skeleton_of, spec_of
 from autoround_core.recipe import LinearSpec
 from autoround_core.records import QuantizedLayer
 from autoround_core.registry import get_registry
 from autoround_core.report import peak_memory_mb
-from autoround_core.shards import read_json
 
 T = TypeVar("T")
 _SEED = 0
@@ -114,14 +113,12 @@ def measure(trial: Trial) -> Speed:
     if trial.threads:
         torch.set_num_threads(trial.threads)
     found = find_format(trial.path)
-    with found.home(trial.path) as home:
-        adapter = get_registry().adapter(read_json(home / "config.json"))
-        skeleton = partial(
-            adapter.skeleton, home, trust_remote_code=trial.trust_remote_code, dtype=trial.dtype or found.dtype
-        )
-        skeleton()  # imports the model's code, which is no part of loading
-        start = time.perf_counter()
-        model = skeleton()
+    skeleton = partial(
+        skeleton_of, found, trial.path, dtype=trial.dtype, trust_remote_code=trial.trust_remote_code
+    )
+    skeleton()  # imports the model's code, which is no part of loading
+    start = time.perf_counter()
+    adapter, model = skeleton()
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and trial.prompt_tokens + trial.new_tokens > limit:
         raise UnsupportedError(f"the model takes {limit} tokens, and --prompt_tokens with --new_tokens are more")
