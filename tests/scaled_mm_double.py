@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 from torch.nn.functional import ScalingType, SwizzleType
 
@@ -37,13 +36,6 @@ class ScaledMm:
         b = numbers(mat_b.T) * factors(scale_b, scale_recipe_b, swizzle_b, numbers(mat_b.T).shape)
         self.calls.append((scale_recipe_a[0].name, (len(a), a.shape[1], len(b))))
         return (a @ b.T).to(output_dtype)
-
-
-@pytest.fixture
-def scaled_mm(monkeypatch) -> ScaledMm:
-    double = ScaledMm()
-    monkeypatch.setattr(torch.nn.functional, "scaled_mm", double)
-    return double
 
 
 def accepted_by_torch(mat_a, mat_b, scale_a, kinds_a, scale_b, kinds_b, swizzle_a, swizzle_b) -> None:

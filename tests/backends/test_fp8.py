@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autoround_backends import fp8
+from autoround_backends import scaled_product
 from autoround_backends.fp8 import Fp8
 from autoround_backends.reference import Reference
 from autoround_core import ActivationScheme, FloatWeight, LinearSpec, QuantizedLayer, QuantScheme
 from autoround_core.scheme import PRESETS
 from autoround_core.testing import check_backend
 from autoround_core.testing.cases import random_layer
-from scaled_mm_double import assert_like_reference, scaled_mm  # noqa: F401
+from scaled_mm_double import assert_like_reference
 
 CPU, CUDA, BF16 = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -25,13 +25,6 @@ MATRIX = [QuantScheme(8, -1, True, "fp", ActivationScheme(8, "fp", -1, dynamic),
 class OnTheCpu(Fp8):
     def why_not(self, spec, device, dtype):
         return super().why_not(spec, CUDA if device.type == "cpu" else device, dtype)
-
-
-@pytest.fixture
-def any_gpu(monkeypatch):
-    """As if there were a GPU of every capability, on which small layers come out right."""
-    monkeypatch.setattr(fp8, "why_not_gpu", lambda *_: None)
-    monkeypatch.setattr(fp8, "why_not_tried", lambda *_: None)
 
 
 def layer_of(scheme, shape=(48, 80), bias=True, seed=0):
@@ -76,14 +69,14 @@ def test_scales_of_16_bits_are_taken_as_they_are(kind):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_blocks_conform_through_the_double(any_gpu, scaled_mm, dtype):  # noqa: F811
+def test_blocks_conform_through_the_double(any_gpu, scaled_mm, dtype):
     assert check_backend(OnTheCpu(), dtype=dtype, schemes=[BLOCKS]).cells == 1  # the shape of whole blocks
     assert {size for _, size in scaled_mm.calls} == {(rows, 256, 128) for rows in (16, 32, 304, 4096)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(128, 128), (256, 640), (384, 512)])
-def test_blocks_give_what_the_reference_gives(scaled_mm, shape, dtype):  # noqa: F811
+def test_blocks_give_what_the_reference_gives(scaled_mm, shape, dtype):
     assert_like_reference(Fp8(), layer_of(BLOCKS, shape), dtype)
     assert {kind for kind, _ in scaled_mm.calls} == {"BlockWise1x128"}
     assert {rows for _, (rows, *_) in scaled_mm.calls} == {16, 304}  # whole 16, to align a column of scales
@@ -94,7 +87,7 @@ def test_blocks_give_what_the_reference_gives(scaled_mm, shape, dtype):  # noqa:
     [(ROWS[0], "RowWise"), (ROWS[1], "RowWise"), (MATRIX[0], "RowWise"), (MATRIX[1], "TensorWise")],
     ids=["tokens", "static", "matrix", "matrix-static"],
 )
-def test_torch_would_accept_the_arguments_on_cuda(scaled_mm, scheme, kind):  # noqa: F811
+def test_torch_would_accept_the_arguments_on_cuda(scaled_mm, scheme, kind):
     assert_like_reference(Fp8(), layer_of(scheme), BF16)
     assert {found for found, _ in scaled_mm.calls} == {kind}
 
@@ -140,7 +133,7 @@ def test_refusals(any_gpu, scheme, shape, device, dtype, says):
     ],
 )
 def test_the_capability_that_it_takes(monkeypatch, scheme, capability, says):
-    monkeypatch.setattr(fp8, "why_not_tried", lambda *_: None)
+    monkeypatch.setattr(scaled_product, "why_not_tried", lambda *_: None)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

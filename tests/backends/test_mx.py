@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autoround_backends import mx
+from autoround_backends import scaled_product
 from autoround_backends.mx import Mxfp4, Mxfp8
 from autoround_core import ActivationScheme, FloatWeight, LinearSpec, QuantizedLayer, QuantScheme
 from autoround_core.scheme import PRESETS
 from autoround_core.testing import check_backend
 from autoround_core.testing.backends import exact
 from autoround_core.testing.cases import random_layer
-from scaled_mm_double import assert_like_reference, scaled_mm  # noqa: F401
+from scaled_mm_double import assert_like_reference
 
 CPU, CUDA, BF16 = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
 BACKENDS = {"MXFP4": Mxfp4(), "MXFP8": Mxfp8()}
@@ -29,19 +29,12 @@ class OnTheCpu8(Mxfp8):
         return super().why_not(spec, CUDA if device.type == "cpu" else device, dtype)
 
 
-@pytest.fixture
-def any_gpu(monkeypatch):
-    """As if there were a GPU of every capability, on which small layers come out right."""
-    monkeypatch.setattr(mx, "why_not_gpu", lambda *_: None)
-    monkeypatch.setattr(mx, "why_not_tried", lambda *_: None)
-
-
 def layer_of(name, shape, bias=True, seed=0):
     return random_layer(PRESETS[name], shape, torch.Generator().manual_seed(seed), bias=bias)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_conformance_through_the_double(any_gpu, scaled_mm, name):  # noqa: F811
+def test_conformance_through_the_double(any_gpu, scaled_mm, name):
     checked = check_backend({"MXFP4": OnTheCpu4(), "MXFP8": OnTheCpu8()}[name])
     assert checked.cells == 2 and {kind for kind, _ in scaled_mm.calls} == {"BlockWise1x32"}
     assert {size[1:] for _, size in scaled_mm.calls} == {(512, 64), (256, 128)}
@@ -49,13 +42,13 @@ def test_conformance_through_the_double(any_gpu, scaled_mm, name):  # noqa: F811
 
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
 @pytest.mark.parametrize("shape", [(16, 32), (48, 96), (144, 128), (272, 544)])
-def test_it_gives_what_the_reference_gives(scaled_mm, name, dtype, shape):  # noqa: F811
+def test_it_gives_what_the_reference_gives(scaled_mm, name, dtype, shape):
     assert_like_reference(BACKENDS[name], layer_of(name, shape, bias=shape[0] != 48), dtype)
     assert {size[1:] for _, size in scaled_mm.calls} == {(shape[1], shape[0])}
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_every_code_and_scale_arrives_as_it_is(scaled_mm, name):  # noqa: F811
+def test_every_code_and_scale_arrives_as_it_is(scaled_mm, name):
     bits = PRESETS[name].bits
     codes = torch.arange(160 * 160).view(160, 160).remainder(2**bits).to(torch.uint8)
     codes[codes == 127], codes[codes == 255] = 0, 0  # E4M3's not a number
@@ -115,7 +108,7 @@ def test_refusals(any_gpu, backend, scheme, shape, device, dtype, says):
     ],
 )
 def test_the_capability_that_it_takes(monkeypatch, name, capability, says):
-    monkeypatch.setattr(mx, "why_not_tried", lambda *_: None)
+    monkeypatch.setattr(scaled_product, "why_not_tried", lambda *_: None)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autoround_backends import nvfp4
+from autoround_backends import scaled_product
 from autoround_backends.nvfp4 import Nvfp4
 from autoround_core import FloatWeight, LinearSpec, QuantizedLayer
 from autoround_core.scheme import PRESETS
 from autoround_core.testing import check_backend
 from autoround_core.testing.backends import exact
 from autoround_core.testing.cases import random_layer
-from scaled_mm_double import assert_like_reference, scaled_mm  # noqa: F401
+from scaled_mm_double import assert_like_reference
 
 CPU, CUDA, BF16 = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -24,19 +24,12 @@ class OnTheCpu(Nvfp4):
         return super().why_not(spec, CUDA if device.type == "cpu" else device, dtype)
 
 
-@pytest.fixture
-def any_gpu(monkeypatch):
-    """As if there were a GPU of every capability, on which small layers come out right."""
-    monkeypatch.setattr(nvfp4, "why_not_gpu", lambda *_: None)
-    monkeypatch.setattr(nvfp4, "why_not_tried", lambda *_: None)
-
-
 def layer_of(shape, bias=True, seed=0):
     return random_layer(SCHEME, shape, torch.Generator().manual_seed(seed), bias=bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_conformance_through_the_double(any_gpu, scaled_mm, dtype):  # noqa: F811
+def test_conformance_through_the_double(any_gpu, scaled_mm, dtype):
     assert check_backend(OnTheCpu(), dtype=dtype).cells == 2
     rows = {size for _, size in scaled_mm.calls}
     assert rows == {(n, *shape) for n in (1, 3, 6, 17, 300) for shape in ((512, 64), (256, 128))} | {(4096, 512, 64)}
@@ -45,12 +38,12 @@ def test_conformance_through_the_double(any_gpu, scaled_mm, dtype):  # noqa: F81
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(16, 32), (48, 96), (144, 128), (272, 544)])
-def test_it_gives_what_the_reference_gives(scaled_mm, dtype, shape):  # noqa: F811
+def test_it_gives_what_the_reference_gives(scaled_mm, dtype, shape):
     assert_like_reference(Nvfp4(), layer_of(shape, bias=shape[0] != 48), dtype)
     assert {size[1:] for _, size in scaled_mm.calls} == {(shape[1], shape[0])}
 
 
-def test_every_code_and_scale_arrives_as_it_is(scaled_mm):  # noqa: F811
+def test_every_code_and_scale_arrives_as_it_is(scaled_mm):
     codes = torch.arange(160 * 160).view(160, 160).remainder(16).to(torch.uint8)
     scale = torch.arange(160 * 10).view(160, 10).remainder(126).add(1).to(torch.uint8).view(torch.float8_e4m3fn)
     weight = FloatWeight(SCHEME, codes, scale, torch.tensor([8.0]))
@@ -61,7 +54,7 @@ def test_every_code_and_scale_arrives_as_it_is(scaled_mm):  # noqa: F811
     assert torch.equal(found.double(), truth) and torch.equal(module.weight.double(), truth)
 
 
-def test_global_scales_divide(scaled_mm):  # noqa: F811
+def test_global_scales_divide(scaled_mm):
     """Four times the scale for all of the weights: a quarter of the output."""
     layer = layer_of((48, 96), bias=False)
     weight = layer.weight
@@ -107,7 +100,7 @@ def test_refusals(any_gpu, name, shape, device, dtype, says):
     [((10, 0), None), ((12, 0), None), ((9, 0), "needs compute capability 10.0, cuda has 9.0")],
 )
 def test_the_capability_that_it_takes(monkeypatch, capability, says):
-    monkeypatch.setattr(nvfp4, "why_not_tried", lambda *_: None)
+    monkeypatch.setattr(scaled_product, "why_not_tried", lambda *_: None)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -16,7 +16,7 @@ from autoround_backends.scaled_product import why_not_gpu, why_not_tried
 from autoround_core import LinearSpec
 from autoround_core.float_family import Fp, MxFp, NvFp
 from autoround_core.scheme import PRESETS
-from scaled_mm_double import ScaledMm, scaled_mm  # noqa: F401
+from scaled_mm_double import ScaledMm
 
 CPU, CUDA, BF16 = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
 CASES = [
@@ -40,7 +40,7 @@ def test_the_double_has_the_arguments_of_the_function():
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
-def test_a_layer_that_comes_out_right_is_taken(scaled_mm, case):  # noqa: F811
+def test_a_layer_that_comes_out_right_is_taken(scaled_mm, case):
     assert tried(case) is None and len(scaled_mm.calls) == 1
     if case[1] is not Mxfp4:
         assert tried(case, torch.float16) is None and tried(case, torch.float32) is None
@@ -48,7 +48,7 @@ def test_a_layer_that_comes_out_right_is_taken(scaled_mm, case):  # noqa: F811
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 @pytest.mark.parametrize("side", [0, 1])
-def test_scales_in_other_places_are_seen(scaled_mm, monkeypatch, case, side):  # noqa: F811
+def test_scales_in_other_places_are_seen(scaled_mm, monkeypatch, case, side):
     """Two neighbouring groups of a side change places."""
 
     def wrong(a, b, scale_a, kinds_a, scale_b, kinds_b, *layouts, **rest):
@@ -73,7 +73,7 @@ def test_scales_in_other_places_are_seen(scaled_mm, monkeypatch, case, side):  #
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 @pytest.mark.parametrize("output", [lambda found: found * 1.5, lambda found: found * float("nan"), torch.zeros_like])
-def test_wrong_numbers_are_seen(scaled_mm, monkeypatch, case, output):  # noqa: F811
+def test_wrong_numbers_are_seen(scaled_mm, monkeypatch, case, output):
     monkeypatch.setattr(torch.nn.functional, "scaled_mm", lambda *given, **rest: output(scaled_mm(*given, **rest)))
     assert tried(case) == f"torch's product of {case[0]} is wrong on `cpu`, tried on a small layer"
 
@@ -92,7 +92,7 @@ def test_torch_itself_refuses_blocks_on_a_cpu_and_multiplies_rows():
     assert "torch cannot multiply MXFP8 on `cpu`" in tried(CASES[4])
 
 
-def test_it_is_tried_once(scaled_mm):  # noqa: F811
+def test_it_is_tried_once(scaled_mm):
     backend, family = Mxfp8(), MxFp()
     for dtype, calls in ((BF16, 1), (BF16, 1), (torch.float16, 2), (BF16, 2)):
         assert why_not_tried(backend, family, PRESETS["MXFP8"], CPU, dtype) is None

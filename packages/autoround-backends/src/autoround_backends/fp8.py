@@ -15,46 +15,12 @@ from __future__ import annotations
 
 import torch
 
-from autoround_backends.scaled_product import (
-    Operand,
-    ScaledLinear,
-    missing,
-    why_not_gpu,
-    why_not_inputs,
-    why_not_tried,
-)
-from autoround_core import Backend, FloatWeight, LinearSpec, QuantizedLayer, QuantScheme, Support
+from autoround_backends.scaled_product import Operand, ScaledBackend, ScaledLinear
+from autoround_core import FloatWeight, LinearSpec, QuantScheme, Support
 from autoround_core.float_family import Fp
 
 _BLOCK = 128
 _ROWS = 16
-_FAMILY = Fp()
-
-
-class Fp8(Backend):
-    """torch wants 16 to divide both sides of a matrix, and 128 where scales are of blocks."""
-
-    name = "fp8"
-    priority = 45
-    support = Support(
-        devices=("cuda",), dtypes=("bfloat16", "float16", "float32"), data_types=("fp",), bits=(8,),
-        group_sizes=(-1, _BLOCK), sym=(True,), activations=True, in_multiple=16, out_multiple=16,
-    )  # fmt: skip
-
-    def missing(self) -> str | None:
-        return missing()
-
-    def why_not_layer(self, spec: LinearSpec, device: torch.device, dtype: torch.dtype) -> str | None:
-        reason = why_not_inputs(spec)
-        if reason:
-            return reason
-        blocks = spec.scheme.group_rows > 1
-        reason = _why_not_blocks(spec) if blocks else _why_not_rows(spec)
-        reason = reason or why_not_gpu(device, (9, 0) if blocks else (8, 9), (9, 9) if blocks else None)
-        return reason or why_not_tried(self, _FAMILY, spec.scheme, device, dtype)
-
-    def build(self, layer: QuantizedLayer, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-        return _Fp8Linear(self.name, _FAMILY, layer, device, dtype)
 
 
 def _why_not_rows(spec: LinearSpec) -> str | None:
@@ -119,3 +85,19 @@ class _Fp8Linear(ScaledLinear):
         else:
             scale = self.scale.T[: self._scheme.row_groups(self.out_features)]
         return FloatWeight(self._scheme, self.codes, scale)
+
+
+class Fp8(ScaledBackend):
+    """torch wants 16 to divide both sides of a matrix, and 128 where scales are of blocks."""
+
+    name, family, linear = "fp8", Fp(), _Fp8Linear
+    support = Support(
+        devices=("cuda",), dtypes=("bfloat16", "float16", "float32"), data_types=("fp",), bits=(8,),
+        group_sizes=(-1, _BLOCK), sym=(True,), activations=True, in_multiple=16, out_multiple=16,
+    )  # fmt: skip
+
+    def why_not_scales(self, spec: LinearSpec) -> str | None:
+        return _why_not_blocks(spec) if spec.scheme.group_rows > 1 else _why_not_rows(spec)
+
+    def capability(self, scheme: QuantScheme) -> tuple[tuple[int, int], tuple[int, int] | None]:
+        return ((9, 0), (9, 9)) if scheme.group_rows > 1 else ((8, 9), None)

@@ -13,60 +13,9 @@ from __future__ import annotations
 import torch
 
 from autoround_backends.scale_layout import from_pairs, from_tiles, to_pairs, to_tiles
-from autoround_backends.scaled_product import (
-    Operand,
-    ScaledLinear,
-    missing,
-    why_not_gpu,
-    why_not_inputs,
-    why_not_tried,
-)
-from autoround_core import Backend, FloatWeight, LinearSpec, QuantizedLayer, Support
+from autoround_backends.scaled_product import Operand, ScaledBackend, ScaledLinear
+from autoround_core import FloatWeight, QuantScheme, Support
 from autoround_core.float_family import MxFp
-
-_FAMILY = MxFp()
-
-
-class Mxfp4(Backend):
-    """Whole groups of 32 in a row; torch wants 16 to divide out_features."""
-
-    name = "mxfp4"
-    priority = 45
-    support = Support(
-        devices=("cuda",), dtypes=("bfloat16",), data_types=("mx_fp",), bits=(4,), group_sizes=(32,), sym=(True,),
-        activations=True, in_multiple=32, out_multiple=16,
-    )  # fmt: skip
-
-    def missing(self) -> str | None:
-        return missing()
-
-    def why_not_layer(self, spec: LinearSpec, device: torch.device, dtype: torch.dtype) -> str | None:
-        reason = why_not_inputs(spec) or why_not_gpu(device, (10, 0), (10, 9))
-        return reason or why_not_tried(self, _FAMILY, spec.scheme, device, dtype)
-
-    def build(self, layer: QuantizedLayer, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-        return _MxLinear(self.name, _FAMILY, layer, device, dtype)
-
-
-class Mxfp8(Backend):
-    """Whole groups of 32 in a row; torch wants 16 to divide out_features."""
-
-    name = "mxfp8"
-    priority = 45
-    support = Support(
-        devices=("cuda",), dtypes=("bfloat16", "float16", "float32"), data_types=("mx_fp",), bits=(8,),
-        group_sizes=(32,), sym=(True,), activations=True, in_multiple=32, out_multiple=16,
-    )  # fmt: skip
-
-    def missing(self) -> str | None:
-        return missing()
-
-    def why_not_layer(self, spec: LinearSpec, device: torch.device, dtype: torch.dtype) -> str | None:
-        reason = why_not_inputs(spec) or why_not_gpu(device, (10, 0))
-        return reason or why_not_tried(self, _FAMILY, spec.scheme, device, dtype)
-
-    def build(self, layer: QuantizedLayer, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-        return _MxLinear(self.name, _FAMILY, layer, device, dtype)
 
 
 class _MxLinear(ScaledLinear):
@@ -94,3 +43,29 @@ class _MxLinear(ScaledLinear):
     def _operand(self, codes: torch.Tensor, tiles: torch.Tensor) -> Operand:
         kind = torch.float4_e2m1fn_x2 if self._scheme.bits == 4 else torch.float8_e4m3fn
         return Operand(codes.view(kind), (tiles.view(torch.float8_e8m0fnu),), ("BlockWise1x32",), tiled=True)
+
+
+class Mxfp4(ScaledBackend):
+    """Whole groups of 32 in a row; torch wants 16 to divide out_features."""
+
+    name, family, linear = "mxfp4", MxFp(), _MxLinear
+    support = Support(
+        devices=("cuda",), dtypes=("bfloat16",), data_types=("mx_fp",), bits=(4,), group_sizes=(32,), sym=(True,),
+        activations=True, in_multiple=32, out_multiple=16,
+    )  # fmt: skip
+
+    def capability(self, scheme: QuantScheme) -> tuple[tuple[int, int], tuple[int, int] | None]:
+        return (10, 0), (10, 9)
+
+
+class Mxfp8(ScaledBackend):
+    """Whole groups of 32 in a row; torch wants 16 to divide out_features."""
+
+    name, family, linear = "mxfp8", MxFp(), _MxLinear
+    support = Support(
+        devices=("cuda",), dtypes=("bfloat16", "float16", "float32"), data_types=("mx_fp",), bits=(8,),
+        group_sizes=(32,), sym=(True,), activations=True, in_multiple=32, out_multiple=16,
+    )  # fmt: skip
+
+    def capability(self, scheme: QuantScheme) -> tuple[tuple[int, int], tuple[int, int] | None]:
+        return (10, 0), None

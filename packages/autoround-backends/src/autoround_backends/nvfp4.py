@@ -13,40 +13,11 @@ from __future__ import annotations
 import torch
 
 from autoround_backends.scale_layout import from_pairs, from_tiles, to_pairs, to_tiles
-from autoround_backends.scaled_product import (
-    Operand,
-    ScaledLinear,
-    missing,
-    why_not_gpu,
-    why_not_inputs,
-    why_not_tried,
-)
-from autoround_core import Backend, FloatWeight, LinearSpec, QuantizedLayer, Support
+from autoround_backends.scaled_product import Operand, ScaledBackend, ScaledLinear
+from autoround_core import FloatWeight, QuantScheme, Support
 from autoround_core.float_family import NvFp
 
-_FAMILY = NvFp()
 _RECIPES = ("BlockWise1x16", "TensorWise")
-
-
-class Nvfp4(Backend):
-    """A row of codes must be a multiple of 16 bytes; torch wants 16 to divide out_features."""
-
-    name = "nvfp4"
-    priority = 45
-    support = Support(
-        devices=("cuda",), dtypes=("bfloat16", "float16", "float32"), data_types=("nv_fp",), bits=(4,),
-        group_sizes=(16,), sym=(True,), activations=True, in_multiple=32, out_multiple=16,
-    )  # fmt: skip
-
-    def missing(self) -> str | None:
-        return missing()
-
-    def why_not_layer(self, spec: LinearSpec, device: torch.device, dtype: torch.dtype) -> str | None:
-        reason = why_not_inputs(spec) or why_not_gpu(device, (10, 0))
-        return reason or why_not_tried(self, _FAMILY, spec.scheme, device, dtype)
-
-    def build(self, layer: QuantizedLayer, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-        return _NvLinear(self.name, _FAMILY, layer, device, dtype)
 
 
 class _NvLinear(ScaledLinear):
@@ -74,3 +45,16 @@ class _NvLinear(ScaledLinear):
 def _operand(pairs: torch.Tensor, tiles: torch.Tensor, global_scale: torch.Tensor) -> Operand:
     scales = (tiles.view(torch.float8_e4m3fn), global_scale.reciprocal())
     return Operand(pairs.view(torch.float4_e2m1fn_x2), scales, _RECIPES, tiled=True)
+
+
+class Nvfp4(ScaledBackend):
+    """A row of codes must be a multiple of 16 bytes; torch wants 16 to divide out_features."""
+
+    name, family, linear = "nvfp4", NvFp(), _NvLinear
+    support = Support(
+        devices=("cuda",), dtypes=("bfloat16", "float16", "float32"), data_types=("nv_fp",), bits=(4,),
+        group_sizes=(16,), sym=(True,), activations=True, in_multiple=32, out_multiple=16,
+    )  # fmt: skip
+
+    def capability(self, scheme: QuantScheme) -> tuple[tuple[int, int], tuple[int, int] | None]:
+        return (10, 0), None

@@ -99,11 +99,35 @@ class ScaledLinear(torch.nn.Module, ABC):
         return f"{self.in_features}, {self.out_features}, {self._scheme}, backend={self._backend}"
 
 
-def missing() -> str | None:
-    """None if this torch has the function, otherwise the command that helps."""
-    if hasattr(torch.nn.functional, "scaled_mm"):
+class ScaledBackend(Backend):
+    """What the backends have in common; a subclass is data, and says what its product needs of the GPU."""
+
+    priority = 45
+    family: FloatFamily
+    linear: type[ScaledLinear]
+
+    @abstractmethod
+    def capability(self, scheme: QuantScheme) -> tuple[tuple[int, int], tuple[int, int] | None]:
+        """The least compute capability and the greatest, None = any later one."""
+
+    def why_not_scales(self, spec: LinearSpec) -> str | None:
+        """None if the scales of the layer's weight lie as the product takes them."""
         return None
-    return f"torch {torch.__version__} has no scaled_mm; pip install torch>=2.10"
+
+    def missing(self) -> str | None:
+        if hasattr(torch.nn.functional, "scaled_mm"):
+            return None
+        return f"torch {torch.__version__} has no scaled_mm; pip install torch>=2.10"
+
+    def why_not_layer(self, spec: LinearSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+        assert spec.scheme is not None
+        return (
+            why_not_inputs(spec) or self.why_not_scales(spec) or why_not_gpu(device, *self.capability(spec.scheme))
+            or why_not_tried(self, self.family, spec.scheme, device, dtype)
+        )  # fmt: skip
+
+    def build(self, layer: QuantizedLayer, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+        return self.linear(self.name, self.family, layer, device, dtype)
 
 
 def why_not_inputs(spec: LinearSpec) -> str | None:
