@@ -2,20 +2,17 @@
 
 For a few rows torch's product of bfloat16 matrices runs at a half to a tenth of the speed at which the weights can be
 read, and on processors without AVX-512 it is far slower than float32 for any number of rows. Here few rows go through
-a kernel of ours that reads the weights once and adds up in float32; for many, a piece of the weight at a time is
-converted to what the processor multiplies fastest.
+a kernel of ours that reads the weights once and adds up in float32; for many, see `pieces`.
 """
 
 from __future__ import annotations
 
 import torch
 
-from autoround_backends import native_library
-from autoround_core import Backend, QuantizedLayer, Support, product_dtype
+from autoround_backends import native_library, pieces
+from autoround_core import Backend, QuantizedLayer, Support
 
 MOST_ROWS = 16  # above this torch's matrix product of converted pieces is faster
-_PIECE = 1 << 20  # weights that are converted at a time
-_CPU = torch.device("cpu")
 
 
 class CpuDense(Backend):
@@ -50,10 +47,11 @@ class _DenseLinear(torch.nn.Linear):
         rows = inputs.reshape(-1, self.in_features)
         if len(rows) <= MOST_ROWS:
             output = self._multiply(rows)
-        elif weight.dtype == torch.bfloat16 and product_dtype(weight.dtype, _CPU, None) == torch.bfloat16:
+        elif pieces.fastest_dtype(weight.dtype) == weight.dtype:
             output = torch.nn.functional.linear(rows, weight, self.bias)
         else:
-            output = self._convert_and_multiply(rows)
+            bias = None if self.bias is None else self.bias.float()
+            output = pieces.multiply(rows, self.out_features, self._copy, bias)
         return output.reshape(*inputs.shape[:-1], self.out_features)
 
     def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
@@ -67,14 +65,8 @@ class _DenseLinear(torch.nn.Linear):
         )
         return output
 
-    def _convert_and_multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        output = torch.empty(len(rows), self.out_features, dtype=rows.dtype)
-        inputs, step = rows.float(), max(1, _PIECE // self.in_features)
-        for first in range(0, self.out_features, step):
-            part = slice(first, first + step)
-            product = inputs @ self.weight[part].float().T
-            output[:, part] = product if self.bias is None else product + self.bias[part].float()
-        return output
+    def _copy(self, start: int, piece: torch.Tensor) -> None:
+        piece.copy_(self.weight.detach()[start : start + len(piece)])
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, backend=cpu_dense"

@@ -1,24 +1,21 @@
 """Integers of any group size on CPUs, with kernels of our own: `native/`.
 
 Up to a few dozen rows of input, codes are unpacked in registers and multiplied as integers, see native/inputs.h; the
-weights are read once, in as many bits as they have. For more rows, a few output features at a time are dequantized
-into a piece that fits the caches, and torch multiplies: in bfloat16 where the processor is faster at that, in float32
-elsewhere, which on processors without AVX-512 is several times faster than torch's product of bfloat16 matrices.
+weights are read once, in as many bits as they have. For more rows, a piece of the weight at a time is dequantized and
+torch multiplies, see `pieces`.
 """
 
 from __future__ import annotations
 
 import torch
 
-from autoround_backends import native_library
-from autoround_core import AffineWeight, Backend, QuantizedLayer, Support, product_dtype
+from autoround_backends import native_library, pieces
+from autoround_core import AffineWeight, Backend, QuantizedLayer, Support
 
 MOST_ROWS = 24  # above this torch's matrix product is faster
-_PIECE = 1 << 20  # weights that are dequantized at a time: 4 MB of float32
 _STORED_BITS = {2: 2, 3: 3, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 # as bits, because `model.to(dtype)` would round floats
 _SAME_BITS = {torch.float16: torch.int16, torch.float32: torch.int32}
-_CPU = torch.device("cpu")
 
 
 class CpuNative(Backend):
@@ -56,20 +53,18 @@ class _NativeLinear(torch.nn.Module):
         self.register_buffer("scale", scale.contiguous().view(_SAME_BITS[scale.dtype]))
         self.register_buffer("zero_point", None if implied else weight.zero_point.contiguous())
         self.register_buffer("bias", None if layer.bias is None else layer.bias.to(dtype).float().view(torch.int32))
-        # float16 has more digits than bfloat16
-        fast = product_dtype(dtype, _CPU, None) if dtype == torch.bfloat16 else torch.float32
-        self._product_dtype = fast
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         rows = inputs.reshape(-1, self.in_features)
-        output = torch.empty(len(rows), self.out_features, dtype=inputs.dtype)
         if len(rows) <= MOST_ROWS:
-            self._multiply(rows.contiguous(), output)
+            output = self._multiply(rows.contiguous())
         else:
-            self._dequantize_and_multiply(rows, output)
+            bias = None if self.bias is None else self.bias.view(torch.float32)
+            output = pieces.multiply(rows, self.out_features, self._dequantize, bias)
         return output.reshape(*inputs.shape[:-1], self.out_features)
 
-    def _multiply(self, rows: torch.Tensor, output: torch.Tensor) -> None:
+    def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        output = torch.empty(len(rows), self.out_features, dtype=rows.dtype)
         failed = native_library.library().autoround_multiply(
             *self._numbers, *self._pointers(), rows.data_ptr(), len(rows), native_library.DTYPES[rows.dtype],
             None if self.bias is None else self.bias.data_ptr(), output.data_ptr(), native_library.instructions(),
@@ -77,17 +72,7 @@ class _NativeLinear(torch.nn.Module):
         )
         if failed:
             raise MemoryError(f"no memory for {len(rows)} rows of {self.in_features} inputs")
-
-    def _dequantize_and_multiply(self, rows: torch.Tensor, output: torch.Tensor) -> None:
-        rows = rows.to(self._product_dtype)
-        step = max(1, _PIECE // self.in_features)
-        piece = torch.empty(min(step, self.out_features), self.in_features, dtype=self._product_dtype)
-        bias = None if self.bias is None else self.bias.view(torch.float32)
-        for first in range(0, self.out_features, step):
-            part = slice(first, min(first + step, self.out_features))
-            weight = self._dequantize(part.start, piece[: part.stop - part.start])
-            product = rows @ weight.T
-            output[:, part] = product if bias is None else product + bias[part]
+        return output
 
     def _dequantize(self, first: int, out: torch.Tensor) -> torch.Tensor:
         native_library.library().autoround_dequantize(
