@@ -58,6 +58,14 @@ def test_the_parameters_stay_the_same_objects_and_gradients_flow():
 
 
 @native
+def test_a_head_that_is_trained_gets_its_gradient():
+    linear = make(8, 16, torch.bfloat16).requires_grad_()
+    BACKEND.build_dense(linear)(torch.ones(2, 16, dtype=torch.bfloat16)).sum().backward()
+    assert torch.equal(linear.weight.grad, torch.full((8, 16), 2.0, dtype=torch.bfloat16))
+    assert torch.equal(linear.bias.grad, torch.full((8,), 2.0, dtype=torch.bfloat16))
+
+
+@native
 def test_it_takes_layers_that_are_not_quantized_and_no_others():
     def answer(scheme, dtype=torch.bfloat16, device="cpu"):
         return BACKEND.why_not(LinearSpec("lm_head", 64, 32, scheme), torch.device(device), dtype)

@@ -42,7 +42,8 @@ class _DenseLinear(torch.nn.Linear):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         weight = self.weight
         ours = inputs.dtype == weight.dtype and weight.dtype in native_library.DTYPES and weight.itemsize == 2
-        if not ours or weight.device.type != "cpu" or (torch.is_grad_enabled() and inputs.requires_grad):
+        learning = torch.is_grad_enabled() and (inputs.requires_grad or weight.requires_grad)
+        if not ours or weight.device.type != "cpu" or learning:
             return torch.nn.functional.linear(inputs, weight, self.bias)
         rows = inputs.reshape(-1, self.in_features)
         if len(rows) <= MOST_ROWS:
