@@ -22,7 +22,8 @@ def build(name, spelling):
     if reason:
         pytest.skip(reason)
     if scheme is None:
-        return backend.build_dense(torch.nn.Linear(SIZE, SIZE, bias=False, dtype=torch.bfloat16))
+        linear = torch.nn.Linear(SIZE, SIZE, bias=False, dtype=torch.bfloat16)
+        return backend.build(linear, CPU, torch.bfloat16)
     weight = get_registry().number_family("int").round_to_nearest(torch.randn(SIZE, SIZE), scheme)
     return backend.build(QuantizedLayer("layer", weight), CPU, torch.bfloat16)
 

@@ -37,7 +37,7 @@ def candidates(size: tuple[int, int], names: list[str], schemes: list[str]) -> d
         if reason:
             continue
         if scheme is None:
-            found[f"{name} bfloat16"] = [backends[name].build_dense(linear) for linear in plain]
+            found[f"{name} bfloat16"] = [backends[name].build(linear, CPU, torch.bfloat16) for linear in plain]
             continue
         record = get_registry().number_family("int").round_to_nearest(weight, scheme)
         layer = QuantizedLayer("layer", record)

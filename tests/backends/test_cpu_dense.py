@@ -25,7 +25,7 @@ def make(out_features, in_features, dtype, bias=True):
 @pytest.mark.parametrize("bias", [True, False])
 def test_few_rows_and_many(dtype, shape, bias):
     linear = make(*shape, dtype, bias)
-    module = BACKEND.build_dense(linear)
+    module = BACKEND.build(linear, CPU, linear.weight.dtype)
     for rows in (0, 1, 2, 9, MOST_ROWS, MOST_ROWS + 1, 100):
         inputs = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(rows)).to(dtype)
         weight, x = linear.weight.double(), inputs.double()
@@ -40,7 +40,7 @@ def test_few_rows_and_many(dtype, shape, bias):
 @native
 def test_strides_and_leading_dimensions():
     linear = make(24, 96, torch.bfloat16)
-    module = BACKEND.build_dense(linear)
+    module = BACKEND.build(linear, CPU, linear.weight.dtype)
     inputs = torch.randn(96, 6, generator=torch.Generator().manual_seed(0)).bfloat16().T.reshape(2, 3, 96)
     assert module(inputs).shape == (2, 3, 24)
     torch.testing.assert_close(module(inputs), linear(inputs), rtol=0.02, atol=0.02)
@@ -50,7 +50,7 @@ def test_strides_and_leading_dimensions():
 @native
 def test_the_parameters_stay_the_same_objects_and_gradients_flow():
     linear = make(8, 16, torch.bfloat16)
-    module = BACKEND.build_dense(linear)
+    module = BACKEND.build(linear, CPU, linear.weight.dtype)
     assert module.weight is linear.weight and module.bias is linear.bias
     inputs = torch.randn(1, 16).bfloat16().requires_grad_()
     module(inputs).sum().backward()
@@ -60,7 +60,7 @@ def test_the_parameters_stay_the_same_objects_and_gradients_flow():
 @native
 def test_a_head_that_is_trained_gets_its_gradient():
     linear = make(8, 16, torch.bfloat16).requires_grad_()
-    BACKEND.build_dense(linear)(torch.ones(2, 16, dtype=torch.bfloat16)).sum().backward()
+    BACKEND.build(linear, CPU, linear.weight.dtype)(torch.ones(2, 16, dtype=torch.bfloat16)).sum().backward()
     assert torch.equal(linear.weight.grad, torch.full((8, 16), 2.0, dtype=torch.bfloat16))
     assert torch.equal(linear.bias.grad, torch.full((8,), 2.0, dtype=torch.bfloat16))
 

@@ -34,6 +34,4 @@ class AwqGemm(Backend):
         assert isinstance(layer.weight, AffineWeight)
         kind = gptqmodel_layers.class_named("nn_modules.qlinear.gemm_awq", "AwqGEMMLinear")
         words = gptqmodel_layers.awq_words(layer.weight)
-        inner = gptqmodel_layers.make_inner(kind, layer, words, device, dtype)
-        gptqmodel_layers.finish(inner)
-        return gptqmodel_layers.GptqmodelLinear(inner, layer, dtype, self.name)
+        return gptqmodel_layers.make_linear(kind, layer, words, device, dtype, self.name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from autoround_backends import native_library, pieces
-from autoround_core import Backend, QuantizedLayer, Support
+from autoround_core import Backend, Support
 
 MOST_ROWS = 16  # above this torch's matrix product of converted pieces is faster
 
@@ -25,11 +25,8 @@ class CpuDense(Backend):
     def missing(self) -> str | None:
         return native_library.missing()
 
-    def build(self, layer: QuantizedLayer, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-        raise NotImplementedError("cpu_dense runs layers that are not quantized")
-
-    def build_dense(self, linear: torch.nn.Linear) -> torch.nn.Module:
-        return _DenseLinear(linear)
+    def build(self, layer: torch.nn.Linear, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+        return _DenseLinear(layer)
 
 
 class _DenseLinear(torch.nn.Linear):

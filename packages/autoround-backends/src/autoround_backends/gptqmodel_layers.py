@@ -111,6 +111,16 @@ def finish(inner: torch.nn.Module, **options: Any) -> None:
         raise UnsupportedError(f"GPTQModel cannot compile {type(inner).__name__}: {_line(error)}") from error
 
 
+def make_linear(
+    kind: Any, layer: QuantizedLayer, words: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype,
+    backend: str,
+) -> GptqmodelLinear:
+    """A finished layer of GPTQModel's class `kind`, for classes whose post_init wants nothing more."""
+    inner = make_inner(kind, layer, words, device, dtype)
+    finish(inner)
+    return GptqmodelLinear(inner, layer, dtype, backend)
+
+
 class GptqmodelLinear(torch.nn.Module):
     """A finished layer of GPTQModel behind the manners that a backend's module must have.
 

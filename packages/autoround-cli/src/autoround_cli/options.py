@@ -119,10 +119,9 @@ def parse_backends(text: str) -> list[str]:
     registry = get_registry()
     known = [*registry.backends(), AUTO]
     names = [name.strip() for name in text.split(",")]
-    failed = "".join(f"; plugin `{record.name}` failed: {record.error}" for record in registry.failures)
     for name in names:
         if name not in known:
-            raise unknown_name("backend", name, known, failed)
+            raise unknown_name("backend", name, known, registry.failure_notes)
         if names.count(name) > 1:
             raise UsageError(f"backend `{name}` is named twice; name it once")
     return names

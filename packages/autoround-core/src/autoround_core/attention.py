@@ -10,8 +10,9 @@ from the model's own attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -19,18 +20,25 @@ _NAME = "autoround_tuning"
 _LONGEST = 1024  # tokens; beyond, the kept probabilities outweigh everything else in a block
 
 
-@contextmanager
-def tuning_attention(model: torch.nn.Module) -> Iterator[None]:
-    """Let a Transformers model that uses "sdpa" attention use this module's while the context lasts."""
+def use_attention(model: Any, name: str, function: Callable[..., Any]) -> bool:
+    """Let a Transformers model call `function`, under that name, where it uses "sdpa"; whether it does."""
     if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
-        yield
-        return
+        return False
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(_NAME, _attention)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
-    model.set_attn_implementation(_NAME)
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    model.set_attn_implementation(name)
+    return True
+
+
+@contextmanager
+def tuning_attention(model: torch.nn.Module) -> Iterator[None]:
+    """Let a Transformers model that uses "sdpa" attention use this module's while the context lasts."""
+    if not use_attention(model, _NAME, _attention):
+        yield
+        return
     try:
         yield
     finally:

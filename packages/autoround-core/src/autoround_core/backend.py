@@ -42,12 +42,13 @@ class Backend(ABC):
         return None
 
     @abstractmethod
-    def build(self, layer: QuantizedLayer, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-        """A module that maps [..., in] to [..., out] in `dtype`: x @ dequantized weight.T + bias."""
+    def build(
+        self, layer: QuantizedLayer | torch.nn.Linear, device: torch.device, dtype: torch.dtype
+    ) -> torch.nn.Module:
+        """A module that maps [..., in] to [..., out] in `dtype`: x @ dequantized weight.T + bias.
 
-    def build_dense(self, linear: torch.nn.Linear) -> torch.nn.Module:
-        """For backends with `support.dense`: a module that does what `linear` does, with the same parameters."""
-        raise NotImplementedError(f"backend `{self.name}` runs quantized layers only")
+        A backend with `support.dense` gets a torch.nn.Linear for `layer`, and shares its parameters.
+        """
 
 
 def answers(

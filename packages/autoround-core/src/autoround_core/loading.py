@@ -125,10 +125,10 @@ def speed_up_dense(model: Any, paths: Iterable[str], backends: list[Backend], de
         if not isinstance(linear, torch.nn.Linear):
             continue
         spec = LinearSpec(path, linear.in_features, linear.out_features, None, linear.bias is not None)
-        for found, reason in answers(backends, spec, device, linear.weight.dtype):
-            if reason is None:
-                model.set_submodule(path, found.build_dense(linear))
-                break
+        dtype = linear.weight.dtype
+        found = next((found for found, reason in answers(backends, spec, device, dtype) if reason is None), None)
+        if found is not None:
+            model.set_submodule(path, found.build(linear, device, dtype))
 
 
 def dequantized_names(view: ModelView) -> set[str]:

@@ -79,6 +79,11 @@ class Registry:
     def failures(self) -> list[PluginRecord]:
         return [record for record in self.plugins if record.error is not None]
 
+    @property
+    def failure_notes(self) -> str:
+        """For the end of an error about a name that nobody knows: it may have been that of a plugin which failed."""
+        return "".join(f"; plugin `{record.name}` failed: {record.error}" for record in self.failures)
+
     def _collect(self, hook: str, key: Callable[[Any], str]) -> dict[str, Any]:
         """Everything that the plugins return from `hook`, by name. Raises PluginError for a name claimed twice."""
         found: dict[str, Any] = {}
@@ -140,8 +145,7 @@ class Registry:
 
     def _named(self, kind: str, name: str, known: dict[str, Any]) -> Any:
         if name not in known:
-            failed = "".join(f"; plugin `{record.name}` failed: {record.error}" for record in self.failures)
-            raise unknown_name(kind, name, known, failed)
+            raise unknown_name(kind, name, known, self.failure_notes)
         return known[name]
 
 

@@ -12,19 +12,14 @@ from typing import Any
 
 import torch
 
+from autoround_core.attention import use_attention
+
 _NAME = "autoround_serving"
 
 
 def serve_in_float32(model: Any) -> None:
     """Let a Transformers model that uses "sdpa" attention use this module's from now on."""
-    if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
-        return
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(_NAME, _attention)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
-    model.set_attn_implementation(_NAME)
+    use_attention(model, _NAME, _attention)
 
 
 def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):

@@ -183,8 +183,8 @@ def _check_dense(
         bias = linear.bias.detach().double() if has_bias else None
         truth = _Truth(linear.weight.detach().double(), bias, lambda inputs: inputs)
         linear = linear.to(device)
-        with doing(f"{what}: build_dense"):
-            module = backend.build_dense(linear)
+        with doing(f"{what}: build"):
+            module = backend.build(linear, device, dtype)
         with one_thread():
             _check_module(module, truth, device, dtype, tolerance, ROWS, what)
         if not cells % 4:
