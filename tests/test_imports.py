@@ -21,17 +21,18 @@ ARROWS = {
     "autoround_export": {"autoround_core"},
     "autoround_backends": {"autoround_core"},
     "autoround_cli": {"autoround_core"},
+    "autoround_mllm": {"autoround_core", "autoround_cli"},
 }
 
 # rooms of core, the lowest first: a module imports from its own room and those below
 ROOMS = [
     ["errors", "scheme", "settings", "progress", "corpus", "documents", "fusing", "target"],
-    ["recipe", "records", "bitpack", "affine", "shards", "superblock", "support"],
+    ["recipe", "records", "bitpack", "affine", "shards", "superblock", "support", "calibration_set"],
     ["family", "layout", "format", "backend", "algorithm", "adapter"],
     [
         "activations", "float_grid", "float_family", "int_family", "rtn", "signround", "attention",
         "serving_attention", "flow", "capture", "compute", "model_block", "calibration",
-        "checkpoint_names", "structure", "causal_lm",
+        "checkpoint_names", "structure", "transformers_adapter", "causal_lm",
     ],
     ["hookspecs", "registry", "builtin"],
     ["model_outline", "plan", "source", "output", "quantize", "loading", "verify", "report", "evaluation",
@@ -44,7 +45,7 @@ ActivationScheme AffineWeight Algorithm AutoRound AutoRoundError Backend Block B
 CalibrationSet CheckpointContext CheckpointError CheckpointFormat CheckpointReader CheckpointWriter Estimate
 Evaluation FloatWeight LayerPlan LinearSite LinearSpec ModelAdapter ModelError ModelOutline ModelView NonFiniteError
 NumberFamily OutputError Plan PluginError PluginRecord Progress QuantRecipe QuantScheme QuantizedLayer QuantizedWeight
-RECIPES Registry Run SchemeChoice ShardWriter SuperBlockWeight Support Target TensorFiles TensorLayout TunableWeight
+RECIPES Registry Run SchemeChoice ShardWriter SuperBlockWeight Support Target TensorFiles TensorLayout TransformersAdapter TunableWeight
 TuningSettings UnknownNameError UnsupportedError UsageError Verdict VerificationError convert evaluate fused_layers
 get_registry hookimpl load load_calibration pack_bits packed_bytes parse_layer_config product_dtype read_json
 select_backend tuning_settings unknown_name unpack_bits write_json

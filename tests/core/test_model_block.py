@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from autoround_core.adapter import BlockView, LinearSite
+from autoround_core.calibration_set import CalibrationSet
 from autoround_core.capture import capture
 from autoround_core.causal_lm import CausalLM
 from autoround_core.compute import Compute
@@ -30,8 +31,8 @@ class Case:
         self.model = adapter.load(path, trust_remote_code=False).to(dtype)
         view = adapter.view(self.model)
         self.block: BlockView = view.blocks[index]
-        first, calls = capture(view, IDS)
-        self.call = calls[index]
+        chain = capture(view, CalibrationSet(IDS, "given", len(IDS), 0))
+        first, self.call = chain.hidden, chain.calls[index]
         generator = torch.Generator().manual_seed(3)
         self.hidden = torch.randn(first.shape, generator=generator).to(dtype)
         self.original = torch.randn(first.shape, generator=generator).to(dtype)
@@ -238,3 +239,30 @@ def test_no_gradient_of_all_experts_at_once_is_made(saved):
         names.add(node.name())
         nodes += [following for following, _ in node.next_functions if following is not None]
     assert "CatBackward0" in names and "StackBackward0" not in names
+
+
+def test_padding_counts_for_nothing(saved):
+    """Whatever stands in padded places, in states or targets, errors, gradients and statistics are the same."""
+    case = Case(saved("llama"))
+    mask = torch.ones(len(IDS), 16, dtype=torch.bool)
+    mask[0, 10:], mask[2, 3:] = False, False  # on the right, where causal attention hides it from the rest
+    results = []
+    for noise in (0.0, 5.0):
+        block = ModelBlock(
+            case.block.name, case.block.module, case.block.sites, case.call, schemes=case.tuned.schemes,
+            families=case.tuned.families, compute=Compute(CPU, CPU, torch.float32, batch_size=2), mask=mask,
+        )
+        filled = [torch.where(mask[..., None], states, states + noise) for states in (case.original, case.hidden)]
+        block.set_chains(*filled, targets_given=True)
+        weights = {name: weight * 0.9 for name, weight in block.weights.items()}
+        results.append((block.error(weights, ROWS), block.gradients(weights, ROWS), block.input_mean_square()))
+    (error, gradients, squares), (other_error, other_gradients, other_squares) = results
+    assert error == pytest.approx(other_error)
+    for name in gradients:
+        torch.testing.assert_close(gradients[name], other_gradients[name])
+        torch.testing.assert_close(squares[name], other_squares[name])
+    # by hand: the mean over what is no padding
+    output = block.forward(weights, ROWS)
+    valid = mask[ROWS]
+    expected = (output[valid] - block.target(ROWS)[valid]).square().mean()
+    assert error == pytest.approx(float(expected), rel=1e-4)

@@ -91,11 +91,13 @@ class AutoRoundLoader(HfQuantizer):
         adapter = get_registry().adapter(self._original_config)
         experts = getattr(model.config, "_experts_implementation", None)
         with torch.device("cpu"):  # Transformers builds the model under the device meta
+            adapter.follow(model, TensorFiles(self._directory).names())
             view = adapter.view(model)
         if experts:
             model.set_experts_implementation(experts)
-        sites = {site.name: site for site in (*view.sites(), *([view.head] if view.head else []))}
-        self._linears = {site.module for site in view.sites() if site.expert is None}
+        sites = {site.name: site for site in view.all_sites() if site is not view.embedding}
+        inner = (*view.nontext_sites(), *view.sites())
+        self._linears = {site.module for site in inner if site.expert is None}
         prefix = f"{model.base_model_prefix}."
         found = {}
         for name in self._reader.layer_names():

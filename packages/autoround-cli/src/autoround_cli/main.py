@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from autoround_cli.options import DEFAULT_FACE
 from autoround_core.errors import AutoRoundError
 from autoround_core.registry import get_registry
 
@@ -16,23 +17,26 @@ def cli() -> None:
     """Round the weights of large language models to 2, 3, 4 or 8 bits."""
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command; errors that a user can act on are one line on stderr and exit code 2 (usage) or 1."""
+def main(argv: list[str] | None = None, *, prog: str = "autoround", face: str = DEFAULT_FACE) -> None:
+    """Run the command; errors that a user can act on are one line on stderr and exit code 2 (usage) or 1.
+
+    prog: what the command is called. face: the class that `quantize` and `plan` make.
+    """
     try:
         get_registry().add_commands(cli)
         # without standalone mode click returns the exit code of --help and raises everything else
-        sys.exit(cli.main(argv, prog_name="autoround", standalone_mode=False) or 0)
+        sys.exit(cli.main(argv, prog_name=prog, standalone_mode=False, obj=face) or 0)
     except AutoRoundError as error:
-        _fail(str(error), error.exit_code)
+        _fail(prog, str(error), error.exit_code)
     except click.UsageError as error:
-        _fail(error.format_message(), 2)
+        _fail(prog, error.format_message(), 2)
     except click.ClickException as error:
-        _fail(error.format_message(), 1)
+        _fail(prog, error.format_message(), 1)
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; nothing was written", 130)
+        _fail(prog, "interrupted; nothing was written", 130)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(prog: str, message: str, code: int) -> None:
     text = " ".join(message.split())
-    click.echo(f"autoround: error: {''.join(c if c.isprintable() else '?' for c in text)}", err=True)
+    click.echo(f"{prog}: error: {''.join(c if c.isprintable() else '?' for c in text)}", err=True)
     sys.exit(code)

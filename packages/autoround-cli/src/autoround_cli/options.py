@@ -6,6 +6,7 @@ Option names use underscores, as AutoRound's users know them; hyphens work every
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import click
@@ -15,6 +16,8 @@ from autoround_core.fusing import CHECK, FUSE_MODES
 from autoround_core.scheme import GGUF_TYPES, MAX_BITS, MIN_BITS, PRESETS, SCALE_SIGNS
 from autoround_core.settings import DEFAULT_RECIPE, RECIPES
 from autoround_core.target import ANY, ENGINES
+
+DEFAULT_FACE = "autoround_core.AutoRound"
 
 _MODEL = [
     click.option("--model", required=True, help="Model directory, or an id on the hub."),
@@ -32,6 +35,8 @@ _SCHEME = [
         '{"name or regular expression": "W8G128" | 16 | {"bits": 8}}.',
     ),
     click.option("--quant_lm_head", is_flag=True, help="Quantize lm_head too."),
+    click.option("--quant_nontext_module", is_flag=True,
+                 help="Quantize the vision or audio tower and the projector too, of models that have them."),
     click.option(
         "--strict/--no_strict",
         default=True,
@@ -60,10 +65,13 @@ _TUNING = [
     click.option(
         "--dataset",
         default=None,
-        help="Calibration text: a hub dataset, .txt .json .jsonl .parquet, or `stdlib`; "
-        "several by commas; each may add :num=N :split=S :concat :apply_chat_template :system_prompt=TEXT."
-        "  [default: NeelNanda/pile-10k]",
+        help="Calibration data: a hub dataset, .txt .json .jsonl .parquet, `stdlib` (text), `synthetic` (drawn "
+        "images), a folder of images with captions; several by commas; each may add :num=N :split=S :concat "
+        ":apply_chat_template :system_prompt=TEXT :images=FOLDER."
+        "  [default: NeelNanda/pile-10k; synthetic for vision-language models]",
     ),
+    click.option("--skip_bad_samples", is_flag=True,
+                 help="Leave out samples with images that cannot be read, and count them in the report."),
     click.option(
         "--amp/--no_amp", default=None, help="Matrix products in 16 bits while tuning.  [default: where faster]"
     ),
@@ -90,13 +98,13 @@ def quantization_options(command: Callable) -> Callable:
 
 
 def make_autoround(options: dict[str, Any], progress: Any = None):
-    """An AutoRound from the options of `quantization_options` but `format_`."""
-    from autoround_core import AutoRound
-
+    """An AutoRound, or what the program makes instead, from the options of `quantization_options` but `format_`."""
+    module, _, name = (click.get_current_context().find_root().obj or DEFAULT_FACE).rpartition(".")
+    face = getattr(import_module(module), name)
     # an option left out takes the default of the library
     given = {name: value for name, value in options.items() if value is not None}
     of_formats = {name: given.pop(name) for name in _FORMAT_OPTIONS if name in given}
-    return AutoRound(progress=progress, format_options=of_formats, **given)
+    return face(progress=progress, format_options=of_formats, **given)
 
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")

@@ -15,7 +15,8 @@ _HOMES = {
     "autoround": ("AutoRound",),
     "backend": ("Backend", "select_backend"),
     "bitpack": ("pack_bits", "packed_bytes", "unpack_bits"),
-    "calibration": ("CalibrationSet", "load_calibration"),
+    "calibration": ("load_calibration",),
+    "calibration_set": ("CalibrationSet",),
     "compute": ("product_dtype",),
     "conversion": ("convert",),
     "errors": (
@@ -41,6 +42,7 @@ _HOMES = {
     "superblock": ("SuperBlockWeight",),
     "support": ("Support",),
     "target": ("Target", "Verdict"),
+    "transformers_adapter": ("TransformersAdapter",),
     "shards": ("ShardWriter", "TensorFiles", "read_json", "write_json"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -8,13 +8,17 @@ experts of a layer. `LinearSite` is the one place that knows the difference.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from autoround_core.calibration_set import CalibrationSet
+
+_NONTEXT = "is outside the language tower; --quant_nontext_module quantizes it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,15 @@ class BlockView:
     module: torch.nn.Module
     sites: tuple[LinearSite, ...]
 
+    @property
+    def stored(self) -> str:
+        """What checkpoints call the block."""
+        for site in self.sites:
+            inner = site.module.removeprefix(self.name)
+            if site.expert is None and site.name.endswith(inner):
+                return site.name.removesuffix(inner)
+        return self.name
+
 
 @dataclass(frozen=True, slots=True)
 class ModelView:
@@ -82,7 +95,8 @@ class ModelView:
 
     head: the site of lm_head, None if there is none or it shares its weight with the embedding (`tied_head`).
     kept: weight matrices inside blocks that are never quantized, checkpoint name -> reason. embedding: the matrix that
-    token ids are looked up in.
+    token ids are looked up in. nontext: blocks outside the language tower (of a vision or audio tower, a projector),
+    each tuple a chain that runs one block after another; nontext_kept: as `kept`, of those.
     """
 
     model: torch.nn.Module
@@ -91,6 +105,8 @@ class ModelView:
     tied_head: bool
     kept: Mapping[str, str]
     embedding: LinearSite | None = None
+    nontext: tuple[tuple[BlockView, ...], ...] = ()
+    nontext_kept: Mapping[str, str] = field(default_factory=dict)
 
     def outer(self) -> tuple[LinearSite, ...]:
         """The matrices outside the blocks: the embedding, and lm_head where it has a weight of its own."""
@@ -100,6 +116,27 @@ class ModelView:
         """All linear layers of the blocks, in order."""
         for block in self.blocks:
             yield from block.sites
+
+    def nontext_sites(self) -> Iterator[LinearSite]:
+        """All linear layers outside the language tower, in order."""
+        for chain in self.nontext:
+            for block in chain:
+                yield from block.sites
+
+    def all_sites(self) -> tuple[LinearSite, ...]:
+        """Every matrix that may be quantized."""
+        return (*self.nontext_sites(), *self.sites(), *self.outer())
+
+    def stored_blocks(self, quantized: Collection[str]) -> list[str]:
+        """What checkpoints call the blocks of the language tower, and of other towers with a layer in `quantized`."""
+        others = (chain for chain in self.nontext if len(chain) > 1
+                  and any(site.name in quantized for block in chain for site in block.sites))
+        return [block.stored for chain in (self.blocks, *others) for block in chain]
+
+    def all_kept(self, *, nontext: bool) -> dict[str, str]:
+        """Every weight matrix that stays in 16 bits whatever the recipe says. nontext: whether towers are quantized."""
+        towers = {} if nontext else {site.name: _NONTEXT for site in self.nontext_sites()}
+        return {**self.kept, **self.nontext_kept, **towers}
 
     def parameter(self, site: LinearSite) -> torch.Tensor:
         return getattr(self.model.get_submodule(site.module), site.parameter)
@@ -130,6 +167,26 @@ class ModelAdapter(ABC):
     def tuning(self, model: torch.nn.Module, device: torch.device) -> AbstractContextManager[None]:
         """A context for capture and tuning, for a model that runs faster another way where gradients are wanted."""
         return nullcontext()
+
+    def follow(self, model: torch.nn.Module, names: Iterable[str]) -> None:
+        """Let a skeleton call its tensors as a checkpoint does that holds `names`, where there are several ways."""
+        return
+
+    def calibration_set(
+        self, dataset: Any, processor: Any, path: Path | None, *, nsamples: int, seqlen: int, seed: int,
+        skip_bad_samples: bool, trust_remote_code: bool,
+    ) -> CalibrationSet | None:
+        """Samples for a model that takes more than text; None = rows of text, which the driver makes.
+
+        dataset: as the user gave it, None = the default. processor: given by the user, None = the one at `path`.
+        """
+        return None
+
+    def probe_inputs(
+        self, model: torch.nn.Module, processor: Any, path: Path | None, *, trust_remote_code: bool
+    ) -> dict[str, Any] | None:
+        """Keyword arguments for a short forward pass of the whole model; None = a few tokens will do."""
+        return None
 
     def serve(self, model: torch.nn.Module, device: torch.device) -> None:
         """Prepare a loaded model for inference on `device`; numbers change by roundings at most. Nothing by default."""

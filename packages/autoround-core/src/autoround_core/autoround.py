@@ -15,7 +15,8 @@ import torch
 
 from autoround_core.activations import QuantizedInputs
 from autoround_core.adapter import ModelAdapter, ModelView
-from autoround_core.calibration import DEFAULT_DATASET, CalibrationSet, load_calibration
+from autoround_core.calibration import DEFAULT_DATASET, load_calibration
+from autoround_core.calibration_set import CalibrationSet
 from autoround_core.checkpoints import Checkpoints
 from autoround_core.compute import Compute, find_device, product_dtype
 from autoround_core.errors import UsageError, unknown_name
@@ -53,7 +54,8 @@ class AutoRound:
     says so. fuse: "check" refuses different schemes for layers that engines run as one, "promote" gives all of
     them the widest, "off" lets them be. scale_sign: "positive" keeps symmetric scales of integers from being negative,
     for kernels that want them so. target: the engine to check the plan against, see `Target.parse`. format_options: of
-    the formats that have any, {"gguf_pre": "qwen2"}.
+    the formats that have any, {"gguf_pre": "qwen2"}. quant_nontext_module: also what is outside the language tower of a
+    model of images or sound. skip_bad_samples: leave out samples that cannot be read, and count them in the report.
 
     Raises UsageError for anything that cannot be meant, before the model is loaded.
     """
@@ -69,11 +71,13 @@ class AutoRound:
         sym: bool | None = None,
         recipe: str | None = None,
         layer_config: Any = None,
-        dataset: Any = DEFAULT_DATASET,
+        dataset: Any = None,
         device: str | torch.device | None = None,
         device_map: str | torch.device | None = None,
         low_gpu_mem_usage: bool = False,
         quant_lm_head: bool = False,
+        quant_nontext_module: bool = False,
+        skip_bad_samples: bool = False,
         amp: bool | None = None,
         strict: bool = True,
         fuse: str = CHECK,
@@ -105,6 +109,7 @@ class AutoRound:
         self._low_gpu_mem_usage, self._amp, self._strict = low_gpu_mem_usage, amp, strict
         self._fuse, self._target = fuse, Target.parse(target)
         self._quant_lm_head, self._trust = quant_lm_head, trust_remote_code
+        self._quant_nontext, self._skip_bad = quant_nontext_module, skip_bad_samples
         self._progress = progress or Progress()
         self._phases = Phases()
         self._outcomes: list[BlockOutcome] = []
@@ -164,6 +169,7 @@ class AutoRound:
             device=self._device,
             dtype=view.model.dtype,
             quant_lm_head=self._quant_lm_head,
+            quant_nontext=self._quant_nontext,
             strict=self._strict,
             needs_data=self._algorithm.needs_data,
             model_type=self._config.get("model_type"),
@@ -260,7 +266,7 @@ class AutoRound:
 
     def _run(self, plan: Plan) -> Iterator[BlockOutcome]:
         view = self._get_view()
-        input_ids = self._calibrate() if plan.needs_data else None
+        data = self._calibrate() if plan.needs_data else None
         self._progress.phase("quantize")
         storage = torch.device("cpu") if self._low_gpu_mem_usage else self._device
         self._products = product_dtype(view.model.dtype, self._device, self._amp)
@@ -270,29 +276,45 @@ class AutoRound:
         )
         tuning = self._adapter.tuning(view.model, self._device)
         with self._phases.measure("quantize"), tuning:
-            yield from driver.run(input_ids)
+            yield from driver.run(data)
 
-    def _calibrate(self) -> torch.Tensor:
+    def _calibrate(self) -> CalibrationSet:
         self._progress.phase("calibrate")
+        settings, wanted = self._settings, self._dataset
+        numbers = dict(nsamples=settings.nsamples, seqlen=settings.seqlen, seed=settings.seed)
         with self._phases.measure("calibrate"):
-            if self._tokenizer is None and self._path is not None:
-                self._tokenizer = self._adapter.tokenizer(self._path, trust_remote_code=self._trust)
-            settings = self._settings
-            self._calibration = load_calibration(
-                self._dataset, self._tokenizer, nsamples=settings.nsamples, seqlen=settings.seqlen, seed=settings.seed
+            self._calibration = self._adapter.calibration_set(
+                wanted, self._tokenizer, self._path, **numbers,
+                skip_bad_samples=self._skip_bad, trust_remote_code=self._trust,
             )
-        return self._calibration.input_ids
+            if self._calibration is None:
+                if self._skip_bad:
+                    raise UsageError("skip_bad_samples is for models of images and text; leave it out")
+                if self._tokenizer is None and self._path is not None:
+                    self._tokenizer = self._adapter.tokenizer(self._path, trust_remote_code=self._trust)
+                dataset = DEFAULT_DATASET if wanted is None else wanted
+                self._calibration = load_calibration(dataset, self._tokenizer, **numbers)
+        return self._calibration
 
     def _verify(self, checkpoints: Checkpoints) -> dict[str, Any]:
-        tokens = torch.arange(PROBE_TOKENS) % self._get_view().model.get_input_embeddings().num_embeddings
-        if self._calibration is not None:
-            tokens = self._calibration.input_ids[0, :PROBE_TOKENS]
-        expected = checkpoints.expected(tokens, self._inputs)
+        inputs = self._probe_inputs()
+        expected = checkpoints.expected(inputs, self._inputs)
         if self._owns_model:
             # the loaded checkpoint needs the room; a model that the user passed in is not ours to drop
             self._view = self._loaded = None
             gc.collect()
-        return checkpoints.verify(tokens, expected, trust_remote_code=self._trust)
+        return checkpoints.verify(inputs, expected, trust_remote_code=self._trust)
+
+    def _probe_inputs(self) -> dict[str, torch.Tensor]:
+        """What the saved model is tried on."""
+        model = self._get_view().model
+        inputs = self._adapter.probe_inputs(model, self._tokenizer, self._path, trust_remote_code=self._trust)
+        if inputs is not None:
+            return inputs
+        tokens = torch.arange(PROBE_TOKENS) % model.get_input_embeddings().num_embeddings
+        if self._calibration is not None:
+            tokens = self._calibration.input_ids[0, :PROBE_TOKENS]
+        return {"input_ids": tokens[None]}
 
     # --- the model ------------------------------------------------------------------------------------------
 

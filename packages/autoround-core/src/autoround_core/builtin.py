@@ -24,5 +24,9 @@ def autoround_algorithms():
 @hookimpl(trylast=True)
 def autoround_model_adapter(config):
     from autoround_core.causal_lm import CausalLM
+    from autoround_core.errors import ModelError
+    from autoround_core.transformers_adapter import takes_images
 
+    if takes_images(config):
+        raise ModelError(f"`{config['model_type']}` is a vision-language model; pip install autoround-mllm")
     return CausalLM()

@@ -12,7 +12,6 @@ result.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import numbers
 import random
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from autoround_core.calibration_set import CalibrationSet
 from autoround_core.documents import (
     DatasetSpec,
     first_line,
@@ -30,7 +30,6 @@ from autoround_core.documents import (
     share_rows,
 )
 from autoround_core.errors import CalibrationError, UsageError
-from autoround_core.records import tensor_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,38 +38,6 @@ DEFAULT_DATASET = "NeelNanda/pile-10k"
 ROW_KEYS = ("input_ids", "messages", "text")  # the first that a row has is the one that counts
 _GIVEN = "given documents"
 _LARGEST_ID = 2**63 - 1
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class CalibrationSet:
-    """Rows of tokens and where they came from.
-
-    input_ids: int64 [samples, seqlen]. source: the specification. documents: those read, without
-    empty ones. unused_tokens: what stands in the last joined row of each data set, never filled.
-    """
-
-    input_ids: torch.Tensor
-    source: str
-    documents: int
-    unused_tokens: int
-
-    @property
-    def samples(self) -> int:
-        return self.input_ids.shape[0]
-
-    @property
-    def seqlen(self) -> int:
-        return self.input_ids.shape[1]
-
-    @property
-    def tokens(self) -> int:
-        return self.input_ids.numel()
-
-    @property
-    def sha256(self) -> str:
-        """Hex digest over shape and tokens: equal rows, equal digests."""
-        shape = f"{self.samples}x{self.seqlen}:".encode()
-        return hashlib.sha256(shape + tensor_bytes(self.input_ids)).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,16 +8,43 @@ sent through the conversion that `save_pretrained` uses come out under the right
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
+
+from autoround_core.errors import UnsupportedError
 
 
 def to_checkpoint(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors by parameter name -> what `save_pretrained` would store, by checkpoint name."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    return revert_weight_conversion(model, tensors)
+    try:
+        return revert_weight_conversion(model, tensors)
+    except (RuntimeError, ValueError, KeyError) as error:  # a conversion that turns some tensors in a way of their own
+        first = str(error).strip().splitlines()[0]
+        name = type(model).__name__
+        raise UnsupportedError(f"Transformers cannot say what a checkpoint of `{name}` calls its tensors "
+                               f"({first}), so that none can be written") from error
+
+
+def follow_names(model: torch.nn.Module, names: Iterable[str]) -> None:
+    """Let a model made from its configuration call its tensors as a checkpoint does that holds `names`.
+
+    Hub checkpoints of one class come with and without a prefix. Transformers writes back what it has read, for which it
+    keeps those of its conversions that changed a name; so do we, with names in place of tensors. Packed tensors of a
+    quantized layer count as its weight.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    conversions = get_model_conversion_mapping(model)
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    renamings = [conversion for conversion in conversions if not isinstance(conversion, WeightConverter)]
+    names = set(names)
+    for name in names | {f"{name.rpartition('.')[0]}.weight" for name in names}:
+        rename_source_key(name, renamings, converters)
+    model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
 
 
 def stored_names(model: torch.nn.Module, own: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -69,11 +96,17 @@ def expert_names(
 ) -> dict[tuple[int, int], str]:
     """{(expert, part): checkpoint name without `.weight`} of a parameter that holds all experts' matrices.
 
-    parts: equal slices along the output (gate and up = 2). Empty if checkpoints do not keep one tensor for
-    each.
+    parts: equal slices along the output (gate and up = 2). Where checkpoints keep all experts in one tensor of this
+    name, engines look for them one by one once they are quantized: `experts.3.gate_proj`. Empty if they are kept
+    otherwise.
     """
     numbers = torch.arange(experts * parts).view(experts, parts, 1)
     stored = to_checkpoint(model, {parameter: numbers})
+    home, _, attribute = next(iter(stored)).rpartition(".")
+    if len(stored) == 1 and attribute == parameter.rpartition(".")[2]:
+        names = ("gate_proj", "up_proj") if parts == 2 else (attribute,)
+        return {(expert, part): f"{home}.{expert}.{name}"
+                for expert in range(experts) for part, name in enumerate(names)}
     if len(stored) != experts * parts:
         return {}
     return {divmod(int(number), parts): name.removesuffix(".weight") for name, number in stored.items()}

@@ -31,7 +31,7 @@ class Checkpoints:
         self._formats, self._plan, self._adapter = formats, plan, adapter
         self._view: ModelView | None = view
         self.folders = [work if len(formats) == 1 else work / fmt.name.replace(":", "-") for fmt in formats]
-        self._transposed = {site.name for site in view.sites() if site.transposed}
+        self._transposed = {site.name for site in view.all_sites() if site.transposed}
         self._writers = []
         for fmt, folder in zip(formats, self.folders, strict=True):
             folder.mkdir(exist_ok=True)
@@ -67,19 +67,19 @@ class Checkpoints:
         for writer in self._writers:
             writer.finish()
 
-    def expected(self, token_ids: torch.Tensor, inputs: QuantizedInputs) -> list[torch.Tensor]:
+    def expected(self, inputs: Mapping[str, torch.Tensor], rounded: QuantizedInputs) -> list[torch.Tensor]:
         """The logits that each checkpoint should give; after this the model may go."""
         assert self._view is not None
         model, self._view = self._view.model, None
-        as_stored = probe(model, token_ids)
-        with inputs.off():
-            weights_only = probe(model, token_ids)
+        as_stored = probe(model, inputs)
+        with rounded.off():
+            weights_only = probe(model, inputs)
         kept = as_stored
         if self._outer:
             for path, original in self._outer.items():
                 parameter = model.get_parameter(path)
                 self._outer[path], parameter.data = parameter.data, original
-            kept = probe(model, token_ids)
+            kept = probe(model, inputs)
             for path, quantized in self._outer.items():
                 model.get_parameter(path).data = quantized
             self._outer = {}
@@ -87,7 +87,7 @@ class Checkpoints:
                 for fmt in self._formats]
 
     def verify(
-        self, token_ids: torch.Tensor, expected: Sequence[torch.Tensor], *, trust_remote_code: bool
+        self, inputs: Mapping[str, torch.Tensor], expected: Sequence[torch.Tensor], *, trust_remote_code: bool
     ) -> dict[str, Any]:
         """Read every checkpoint back; for each format, how many layers are equal and how far the logits differ.
 
@@ -98,7 +98,7 @@ class Checkpoints:
             absent = frozenset() if fmt.stores_outer else self._plan.outer
             count = self._expectation.check_layers(fmt, folder, self._transposed, absent)
             difference = check_forward(
-                fmt, folder, self._adapter, token_ids, logits, trust_remote_code=trust_remote_code
+                fmt, folder, self._adapter, inputs, logits, trust_remote_code=trust_remote_code
             )
             rows[fmt.name] = {"layers_equal": count, "forward_difference": difference}
         return rows
@@ -112,9 +112,9 @@ def _context(
         config=config,
         recipe=plan.recipe,
         layers=[spec for spec in plan.specs() if fmt.stores_outer or spec.name not in plan.outer],
-        blocks=[block.name for block in view.blocks],
-        kept=list(view.kept),
-        transposed=[site.name for site in view.sites() if site.transposed and site.expert is None],
+        blocks=view.stored_blocks(plan.quantized()),
+        kept=list(plan.kept),
+        transposed=[site.name for site in view.all_sites() if site.transposed and site.expert is None],
         dtype=view.model.dtype,
         settings=settings,
         model=plan.model,

@@ -66,7 +66,9 @@ def _context(
     config = {key: value for key, value in reader.config.items() if key not in _SECTIONS}
     adapter = get_registry().adapter(config)
     view = adapter.view(adapter.skeleton(home, trust_remote_code=trust_remote_code))
-    sites = [*view.sites(), *(site for site in view.outer() if site.name in quantized)]
+    nontext = any(site.name in quantized for site in view.nontext_sites())
+    sites = [*(view.nontext_sites() if nontext else ()), *view.sites(),
+             *(site for site in view.outer() if site.name in quantized)]
     layers = [
         quantized.get(site.name) or LinearSpec(site.name, site.in_features, site.out_features, None) for site in sites
     ]
@@ -75,9 +77,9 @@ def _context(
         config=config,
         recipe=QuantRecipe(default),
         layers=layers,
-        blocks=[block.name for block in view.blocks],
-        kept=list(view.kept),
-        transposed=[site.name for site in view.sites() if site.transposed and site.expert is None],
+        blocks=view.stored_blocks(quantized),
+        kept=list(view.all_kept(nontext=nontext)),
+        transposed=[site.name for site in view.all_sites() if site.transposed and site.expert is None],
         dtype=view.model.dtype,
         settings=TuningSettings(),
         model=ModelOutline(config, stored_shapes(adapter, view), home, {}, calibrated=False, name=name),

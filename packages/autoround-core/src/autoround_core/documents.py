@@ -26,7 +26,7 @@ from autoround_core.corpus import PARTS, stdlib_documents
 from autoround_core.errors import CalibrationError, UsageError, unknown_name
 
 STDLIB = "stdlib"
-_KEYS = ("num", "split", "concat", "apply_chat_template", "system_prompt")
+_KEYS = ("num", "split", "concat", "apply_chat_template", "system_prompt", "images")
 _FLAGS = {"true": True, "false": False}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _OFFLINE = f"pass `--dataset {STDLIB}` (the offline corpus) or a local file"
@@ -40,7 +40,8 @@ class DatasetSpec:
     num: rows to take from it, None = its even share. split: splits of a hub data set, () = train.
     concat: all documents make one stream of tokens, otherwise a long one gives a row of its own.
     apply_chat_template: write text as the model's chat template does. system_prompt: put in front
-    of a conversation that has none; implies the chat template.
+    of a conversation that has none; implies the chat template. images: the folder that its rows name
+    images in, for data of vision-language models.
     """
 
     name: str
@@ -49,6 +50,7 @@ class DatasetSpec:
     concat: bool = False
     apply_chat_template: bool = False
     system_prompt: str | None = None
+    images: str | None = None
 
     @property
     def templated(self) -> bool:
@@ -61,6 +63,7 @@ class DatasetSpec:
             "concat" if self.concat else "",
             "apply_chat_template" if self.apply_chat_template else "",
             f"system_prompt={self.system_prompt}" if self.system_prompt is not None else "",
+            f"images={self.images}" if self.images is not None else "",
         ]
         return ":".join(_escape(part) for part in (self.name, *options) if part)
 
@@ -254,7 +257,8 @@ def _hub_rows(spec: DatasetSpec, path: str, *, local: bool) -> Iterator[Any]:
             # `datasets` tries for half a minute before it admits that there is no network
             HfApi().dataset_info(path, timeout=_PROBE_SECONDS)
         for split in spec.split or ("train",):
-            yield from datasets.load_dataset(path, split=split, streaming=True)
+            # images as they lie there: one that is broken is then a row of its own, and has a name
+            yield from datasets.load_dataset(path, split=split, streaming=True).decode(False)
     except Exception as error:  # network, hub and each kind of file bring errors of their own
         trouble = "read" if local or isinstance(error, ValueError) else "downloaded"
         message = f"dataset `{spec.name}` could not be {trouble} ({first_line(error)}); {_OFFLINE}"

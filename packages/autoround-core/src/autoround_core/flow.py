@@ -2,15 +2,17 @@
 
 A few tokens run through the whole model to learn what each block returns, that states flow from block to
 block, and whether any argument of a block depends on what an earlier one computed. If not, as almost always,
-the blocks need not be computed to learn how they are called: stand-ins that return their input will do.
+the blocks need not be computed to learn how they are called: stand-ins that return zeros will do, and what a model adds
+to the states between two blocks (features of an image, in Qwen3-VL) is then all that the second one is given.
 """
 
 from __future__ import annotations
 
 from collections import UserDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +21,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from autoround_core.adapter import ModelView
 from autoround_core.errors import UnsupportedError
 
-_PROBE_TOKENS = 32
+
+class UnreachedError(UnsupportedError):
+    """No sample runs through the blocks."""
 
 
 class Enough(Exception):
@@ -28,7 +32,8 @@ class Enough(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """One call of a block in a forward pass: the states it was given, and leaves of its other arguments."""
+    """One call of a block in a forward pass: the states [..., width] it was given, and leaves of its other arguments.
+    """
 
     index: int
     states: torch.Tensor
@@ -53,15 +58,17 @@ class Flow:
         return states if extras is None else (states, *[None] * extras)
 
     def pass_on(self, index: int, original: Callable, states: torch.Tensor, args: tuple, kwargs: dict) -> Any:
-        """Something for the next block to be called with: any states will do where a stand-in is enough."""
-        return self.returned(index, states) if self.stand_in else original(states, *args, **kwargs)
+        """Something for the next block to be called with: zeros where a stand-in is enough."""
+        return (self.returned(index, torch.zeros_like(states)) if self.stand_in
+                else original(states, *args, **kwargs))
 
 
-def explore(view: ModelView, input_ids: torch.Tensor) -> Flow:
-    """Run a few tokens through the whole model. Raises UnsupportedError unless each block runs once, in
-    order, on what the one before it returned.
+def explore(view: ModelView, inputs: Mapping[str, torch.Tensor]) -> Flow:
+    """Run one sample through the whole model. Raises UnsupportedError unless each block runs once, in order, on what
+    the one before it returned, to which the model may have added something that no block computed.
+
+    inputs: keyword arguments of the model.
     """
-    row = input_ids[:1, :_PROBE_TOKENS]
     visits: list[Visit] = []
     outputs: list[torch.Tensor] = []
     extras: list[int | None] = []
@@ -75,41 +82,59 @@ def explore(view: ModelView, input_ids: torch.Tensor) -> Flow:
         extras.append(None if bare else len(output) - 1)
         return output
 
-    forward(view, row, answer)
-    _check_order(view, visits, outputs)
-    return Flow(tuple(extras), _can_stand_in(view, row, visits, tuple(extras)))
+    forward(view, inputs, answer)
+    _check_order(view, visits)
+    stand_ins = _stand_ins(view, inputs, visits, tuple(extras))
+    _check_states(view, visits, outputs, stand_ins)
+    return Flow(tuple(extras), stand_ins is not None)
 
 
-def _check_order(view: ModelView, visits: list[Visit], outputs: list[torch.Tensor]) -> None:
-    name = view.blocks[0].name.rpartition(".")[0]
+def _check_order(view: ModelView, visits: list[Visit]) -> None:
+    name = _list_name(view)
+    if not visits:
+        raise UnreachedError(f"no calibration sample runs through `{name}`")
     order = [visit.index for visit in visits]
     if order != list(range(len(view.blocks))):
         shown = ", ".join(map(str, order[:8])) + (", ..." if len(order) > 8 else "") or "none"
         raise UnsupportedError(f"each block of `{name}` must run once, in order; this model ran {shown} "
                                f"of {len(view.blocks)}")
-    for output, visit in zip(outputs, visits[1:], strict=False):
+
+
+def _check_states(
+    view: ModelView, visits: list[Visit], outputs: list[torch.Tensor], stand_ins: list[Visit] | None
+) -> None:
+    for index, visit in enumerate(visits[1:], 1):
+        output = outputs[index - 1]
+        if stand_ins is not None and stand_ins[index].states.shape == output.shape:
+            output = output + stand_ins[index].states
         # NaN is no difference here: that is for whoever looks at the numbers
         if not torch.equal(output.nan_to_num(), visit.states.nan_to_num()):
-            raise UnsupportedError(f"`{name}.{visit.index}` is not given what the block before it returned; "
+            raise UnsupportedError(f"`{_list_name(view)}.{index}` is not given what the block before it returned; "
                                    "a model that computes between its blocks is not supported")
 
 
-def _can_stand_in(
-    view: ModelView, row: torch.Tensor, visits: list[Visit], extras: tuple[int | None, ...]
-) -> bool:
-    """Whether no argument of a block depends on what an earlier block computed."""
+def _list_name(view: ModelView) -> str:
+    first = view.blocks[0].name
+    return first.rpartition(".")[0] if len(view.blocks) > 1 else first
+
+
+def _stand_ins(
+    view: ModelView, inputs: Mapping[str, torch.Tensor], visits: list[Visit], extras: tuple[int | None, ...]
+) -> list[Visit] | None:
+    """The calls with stand-ins in place of the blocks; None if an argument depends on what a block computed."""
     try:
-        again = record(view, row, Flow(extras, stand_in=True))
+        again = record(view, inputs, Flow(extras, stand_in=True))
     except Exception:  # a stand-in returns None for all but the states, over which models may stumble
-        return False
-    return len(again) == len(visits) and all(
+        return None
+    same = len(again) == len(visits) and all(
         one.spec == two.spec and all(map(equal, one.leaves, two.leaves))
         for one, two in zip(visits, again, strict=True)
     )
+    return again if same else None
 
 
-def record(view: ModelView, row: torch.Tensor, flow: Flow) -> list[Visit]:
-    """How each block is called for one sample [1, tokens]."""
+def record(view: ModelView, inputs: Mapping[str, torch.Tensor], flow: Flow) -> list[Visit]:
+    """How each block is called for one sample. inputs: keyword arguments of the model."""
     visits: list[Visit] = []
 
     def answer(index: int, original: Callable, states: torch.Tensor, args: tuple, kwargs: dict) -> Any:
@@ -118,26 +143,27 @@ def record(view: ModelView, row: torch.Tensor, flow: Flow) -> list[Visit]:
             raise Enough
         return flow.pass_on(index, original, states, args, kwargs)
 
-    forward(view, row, answer)
+    forward(view, inputs, answer)
     return visits
 
 
-def forward(view: ModelView, row: torch.Tensor, answer: Callable[..., Any]) -> None:
-    """One sample [1, tokens] through the model, each block answered for by
-    `answer(index, original forward, states, args, kwargs)`.
+def forward(view: ModelView, inputs: Mapping[str, torch.Tensor], answer: Callable[..., Any]) -> None:
+    """One sample through the model, each block answered for by `answer(index, original forward, states, args, kwargs)`.
     """
 
     def replacement(index: int, original: Callable, args: tuple, kwargs: dict) -> Any:
-        name = view.blocks[index].name
-        states, args, kwargs = _split_hidden(name, args, kwargs)
-        if states.dim() != 3 or states.shape[0] != 1:
-            raise UnsupportedError(f"`{name}` is given states of shape {list(states.shape)} for one sample, "
-                                   "expected [1, tokens, width]")
+        states, args, kwargs = _split_hidden(view.blocks[index].name, original, args, kwargs)
         return answer(index, original, states, args, kwargs)
 
-    device = view.model.get_input_embeddings().weight.device
     with _replaced(view, replacement), suppress(Enough):
-        view.model(input_ids=row.to(device), use_cache=False)
+        view.model(**as_taken(view.model, inputs), use_cache=False)
+
+
+def as_taken(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Inputs where the model is, and its dtype for what is no number of anything, such as pixels."""
+    device = model.get_input_embeddings().weight.device
+    return {name: tensor.to(device, model.dtype if tensor.is_floating_point() else None)
+            for name, tensor in inputs.items()}
 
 
 class _Opened(NamedTuple):
@@ -188,13 +214,15 @@ def _bound(replacement, index, original):
     return lambda *args, **kwargs: replacement(index, original, args, kwargs)
 
 
-def _split_hidden(name: str, args: tuple, kwargs: dict) -> tuple[torch.Tensor, tuple, dict]:
+def _split_hidden(name: str, original: Callable, args: tuple, kwargs: dict) -> tuple[torch.Tensor, tuple, dict]:
+    """(states, other args, other kwargs): the states are what the block's forward takes first."""
     if args and isinstance(args[0], torch.Tensor):
         return args[0], args[1:], kwargs
-    if not isinstance(kwargs.get("hidden_states"), torch.Tensor):
-        raise UnsupportedError(f"block `{name}` takes its input under an unknown name: {sorted(kwargs)}")
     rest = dict(kwargs)
-    return rest.pop("hidden_states"), args, rest
+    first = "hidden_states" if "hidden_states" in rest else next(iter(signature(original).parameters), "")
+    if args or not isinstance(rest.get(first), torch.Tensor):
+        raise UnsupportedError(f"block `{name}` is not given hidden states as its first argument `{first}`")
+    return rest.pop(first), args, rest
 
 
 def equal(one: Any, two: Any) -> bool:

@@ -83,7 +83,7 @@ def assemble(
     """Fill a skeleton: a backend's module for each quantized layer, tensors for the rest."""
     view = adapter.view(model)
     backends = list(get_registry().backends().values())
-    sites = {site.name: site for site in (*view.sites(), *view.outer())}
+    sites = {site.name: site for site in view.all_sites()}
     dtype, unserved = model.dtype, dequantized_names(view)
     dense, built = {}, []
     for layer in reader.layers():
@@ -112,7 +112,7 @@ def assemble(
             + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         )
     if backend == AUTO:
-        speed_up_dense(model, {site.module for site in view.sites()}, backends, device)
+        speed_up_dense(model, {site.module for site in (*view.nontext_sites(), *view.sites())}, backends, device)
         adapter.serve(model, device)
     return model.to(device)
 
@@ -134,8 +134,7 @@ def speed_up_dense(model: Any, paths: Iterable[str], backends: list[Backend], de
 def dequantized_names(view: ModelView) -> set[str]:
     """Layers that no backend is asked about, because no module fits into their places: experts that Transformers
     keeps in one tensor, and the embedding. Their weights are dequantized when they are loaded."""
-    sites = (*view.sites(), *view.outer())
-    return {site.name for site in sites if site.expert is not None or site is view.embedding}
+    return {site.name for site in view.all_sites() if site.expert is not None or site is view.embedding}
 
 
 def explain(

@@ -33,12 +33,14 @@ class ModelBlock(Block):
     def __init__(
         self, name: str, module: torch.nn.Module, sites: tuple[LinearSite, ...], call: BlockCall, *,
         schemes: Mapping[str, QuantScheme], families: Mapping[str, NumberFamily], compute: Compute,
+        mask: torch.Tensor | None = None,
     ) -> None:
+        """mask: bool [samples, tokens], False where a row is padding, which counts for nothing; None = nowhere."""
         self.name = name
         self.schemes = schemes
         self.families = families
         self.samples, self.validation = 0, torch.arange(0)
-        self._module, self._compute = module, compute
+        self._module, self._compute, self._mask = module, compute, mask
         # without autocast whatever meets the float32 states must be float32 too
         self._autocast = compute.dtype != torch.float32
         # a model whose dtype is that of the products runs as it would run for its users; any other keeps a float32
@@ -114,10 +116,11 @@ class ModelBlock(Block):
 
     def _map_errors(self, function: Callable[[torch.Tensor], T], weights, rows: torch.Tensor) -> list[T]:
         """[function(share of a piece in the mean square error over `rows`) for each piece]."""
+        whole = self._size(rows)
 
         def piece_error(piece: torch.Tensor, target: torch.Tensor) -> T:
-            output = self._run(self._hidden, piece).float()
-            return function(torch.nn.functional.mse_loss(output, target) * (len(piece) / len(rows)))
+            output, share = self._run(self._hidden, piece).float(), self._size(piece) / whole
+            return function(self._mean_square(output, target, piece) * share)
 
         if self._targets_given:
             with self._substituted(weights):
@@ -128,6 +131,19 @@ class ModelBlock(Block):
             with self._substituted(weights):
                 results += self._map(lambda piece, target=target: piece_error(piece, target), row)
         return results
+
+    def _size(self, rows: torch.Tensor) -> int:
+        """How much samples count for."""
+        return len(rows) if self._mask is None else int(self._mask[rows].sum())
+
+    def _mean_square(self, output: torch.Tensor, target: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Of the difference [samples, tokens, width], without padding."""
+        # what a projector returns has no padding
+        if self._mask is not None and output.shape[1] == self._mask.shape[1]:
+            valid = self._mask[rows].to(output.device)
+            if not valid.all():
+                output, target = output[valid], target[valid]
+        return torch.nn.functional.mse_loss(output, target)
 
     @torch.no_grad()
     def advance(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -146,8 +162,12 @@ class ModelBlock(Block):
     def _map(self, function: Callable[[torch.Tensor], T], rows: torch.Tensor) -> list[T]:
         return self._compute.map(function, rows, self._hidden.shape[1])
 
-    def _run(self, hidden: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
+    def _run(
+        self, hidden: torch.Tensor, piece: torch.Tensor, statistics: _InputStatistics | None = None
+    ) -> torch.Tensor:
         """Output for some samples of `hidden`; autocast and weights in place are the caller's business."""
+        if statistics is not None and self._mask is not None and self._call.shapes is None:
+            statistics.valid = self._mask[piece].flatten().to(self._compute.device)
         return self._call.run(self._module, self._compute.fetch(hidden, piece, self._dtype), piece)
 
     def _stand_ins(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | list[torch.Tensor]]:
@@ -205,7 +225,7 @@ class ModelBlock(Block):
     def _watch_inputs(self, tensors: Mapping[str, Any]) -> _InputStatistics:
         statistics = _InputStatistics(self._module, self._paths, tensors, self._compute.device)
         with statistics.watching():
-            self._map(lambda piece: self._run(self._hidden, piece), torch.arange(self.samples))
+            self._map(lambda piece: self._run(self._hidden, piece, statistics), torch.arange(self.samples))
         return statistics
 
     @torch.no_grad()
@@ -228,6 +248,7 @@ class _InputStatistics:
         self._counts: dict[str, int] = {}
         self.greatest: dict[str, torch.Tensor] = {}
         self._experts: dict[int, list[LinearSite]] = {}
+        self.valid: torch.Tensor | None = None  # bool [tokens] of what runs at the moment, None = all
         for path, sites in paths.items():
             for site in sites:
                 self._sums[site.name] = torch.zeros(site.in_features, device=device)
@@ -239,6 +260,9 @@ class _InputStatistics:
 
     def add(self, sites: list[LinearSite], inputs: torch.Tensor) -> None:
         inputs = inputs.reshape(-1, inputs.shape[-1]).float()
+        # experts are given a choice of the tokens, of which nobody here knows which are padding
+        if self.valid is not None and len(self.valid) == len(inputs):
+            inputs = inputs[self.valid]
         if not len(inputs):
             return
         squares = torch.linalg.vecdot(inputs, inputs, dim=0)

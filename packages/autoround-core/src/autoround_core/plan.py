@@ -62,6 +62,7 @@ def make_plan(
     view: ModelView, recipe: QuantRecipe, settings: TuningSettings, *,
     formats: Sequence[CheckpointFormat], families: Mapping[str, NumberFamily], backends: Sequence[Backend],
     device: torch.device, dtype: torch.dtype, quant_lm_head: bool, strict: bool, needs_data: bool,
+    quant_nontext: bool = False,
     model_type: str | None = None, fuse: str = CHECK, target: Target = ANY_ENGINE,
     other_formats: Sequence[CheckpointFormat] = (), choices: Mapping[str, SchemeChoice] | None = None,
 ) -> Plan:
@@ -69,13 +70,16 @@ def make_plan(
 
     fuse: what to do about layers that engines run as one and whose schemes differ: "check" refuses them, "promote"
     gives all the widest, "off" lets them be. other_formats: those to recommend where the target refuses. choices: of a
-    format that chooses schemes by itself; what the recipe overrides stays overridden.
+    format that chooses schemes by itself; what the recipe overrides stays overridden. quant_nontext: also what is
+    outside the language tower.
 
     Raises UnsupportedError when a format or family cannot take a layer, unless `strict` is false: then the layer
     stays in 16 bits with the reason; when lm_head is asked for but shares its weight with the embedding; and when
     the target cannot run what would be written.
     """
-    sites = list(view.sites())
+    if quant_nontext and not view.nontext:
+        raise UnsupportedError("this model has no vision or audio tower; leave out --quant_nontext_module")
+    sites = [*(view.nontext_sites() if quant_nontext else ()), *view.sites()]
     if quant_lm_head:
         if view.tied_head:
             raise UnsupportedError("lm_head shares its weight with the embedding, which engines look up in 16 bits; "
@@ -121,7 +125,7 @@ def make_plan(
     notes = _target_notes(target, specs, formats, other_formats)
     outer &= {spec.name for spec in quantized}
     totals = _totals(view, layers, settings, device, dtype, needs_data)
-    return replace(totals, notes=notes, outer=outer, recipe=recipe)
+    return replace(totals, kept=view.all_kept(nontext=quant_nontext), notes=notes, outer=outer, recipe=recipe)
 
 
 def _fused(
@@ -211,7 +215,7 @@ def _totals(view, layers: list[LayerPlan], settings: TuningSettings, device, dty
     states = calibration * min((layer.spec.in_features for layer in layers), default=0) * 4
     memory = everything * dtype.itemsize + 3 * states + block * (26 if settings.iters else 12) + tokens * width * 64
     return Plan(
-        layers=tuple(layers), kept=view.kept,
+        layers=tuple(layers), kept={},
         stored_bytes=(everything - linear) * dtype.itemsize + linear_bytes,
         original_bytes=everything * dtype.itemsize,
         linear_bits_per_weight=8 * sum(layer.stored_bytes for layer in quantized) / max(1, weights),

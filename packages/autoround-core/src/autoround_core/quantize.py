@@ -2,6 +2,9 @@
 
 The target of a block is what the original block makes of the original chain's states; its input while tuning
 is what the blocks quantized so far made of theirs, so that later blocks repair what earlier ones broke.
+
+What feeds the language tower (the embedding, a vision tower, a projector) comes before it where it is quantized at all,
+so that the language tower is tuned on what it will be given.
 """
 
 from __future__ import annotations
@@ -15,10 +18,12 @@ import torch
 from autoround_core.activations import QuantizedInputs, families_of, shared_greatest
 from autoround_core.adapter import BlockView, LinearSite, ModelView
 from autoround_core.algorithm import Algorithm, BlockResult, Run
-from autoround_core.capture import PLAIN_CALL, BlockCall, capture, head_inputs
+from autoround_core.calibration_set import CalibrationSet
+from autoround_core.capture import PLAIN_CALL, BlockCall, Chain, capture, head_inputs
 from autoround_core.compute import Compute
 from autoround_core.errors import NonFiniteError, in_layer
 from autoround_core.family import NumberFamily
+from autoround_core.flow import UnreachedError
 from autoround_core.model_block import ModelBlock
 from autoround_core.plan import Plan
 from autoround_core.progress import Progress
@@ -74,39 +79,69 @@ class BlockDriver:
         """inputs: collects the layers whose inputs are quantized."""
         self._view, self._algorithm, self._families = view, algorithm, families
         self._settings, self._compute, self._progress = settings, compute, progress
-        self._sites = {site.name: site for site in (*view.sites(), *view.outer())}
+        self._sites = {site.name: site for site in view.all_sites()}
         self._outer = {name: site for name, site in self._sites.items() if name in plan.outer}
         self._schemes = {name: spec.scheme for name, spec in plan.quantized().items() if spec.scheme}
         self._model_type = view.model.config.model_type
         self._inputs = inputs or QuantizedInputs()
+        self._done = self._total = 0
 
-    def run(self, input_ids: torch.Tensor | None) -> Iterator[BlockOutcome]:
-        """Yield each block as it is finished. input_ids: [samples, seqlen], None if the algorithm needs no data."""
+    def run(self, data: CalibrationSet | None) -> Iterator[BlockOutcome]:
+        """Yield each block as it is finished. data: None if the algorithm needs none."""
         view = self._view
         with_head = view.head is not None and view.head.name in self._schemes and view.head.name not in self._outer
-        total = len(view.blocks) + with_head
-        hidden, calls = self._capture(input_ids)
-        chains = (hidden, hidden)
+        nontext = [chain for chain in view.nontext if any(self._chosen(block) for block in chain)]
+        self._total = len(view.blocks) + with_head + sum(map(len, nontext))
+        original = self._capture(view, data)
         if view.embedding is not None and view.embedding.name in self._outer:
-            yield self._round_outer(view.embedding, None, calibrated=input_ids is not None)
-            if input_ids is not None:
-                chains = (hidden, self._capture(input_ids)[0])
+            yield self._round_outer(view.embedding, None, calibrated=data is not None)
+        for chain in nontext:
+            yield from self._run_nontext(replace(view, blocks=chain), data)
+        # what the embedding and the towers make now is what the language tower will be given
+        changed = nontext or (view.embedding is not None and view.embedding.name in self._outer)
+        quantized = self._capture(view, data) if changed else original
+        chains = (original, quantized)
+        calls = [PLAIN_CALL] * len(view.blocks) if quantized is None else quantized.calls
         for index, (block, call) in enumerate(zip(view.blocks, calls, strict=True)):
-            self._progress.block(index, total, block.name)
-            outcome, chains = self._quantize(index, block, call, chains)
-            yield outcome
-            self._progress.block_done(index, total, block.name, outcome.before, outcome.after)
+            chains = yield from self._step(block, call, chains, index)
         if with_head:
             head = BlockView(view.head.name, view.model.get_submodule(view.head.module), (view.head,))
-            self._progress.block(total - 1, total, head.name)
-            if input_ids is not None:
-                chains = tuple(head_inputs(view, input_ids, chain) for chain in chains)
-            outcome, _ = self._quantize(total - 1, head, PLAIN_CALL, chains, last=True)
-            yield outcome
-            self._progress.block_done(total - 1, total, head.name, outcome.before, outcome.after)
+            if data is not None:
+                chains = tuple(replace(chain, hidden=head_inputs(view, data, chain.hidden)) for chain in chains)
+            yield from self._step(head, PLAIN_CALL, chains, None)
         elif view.head is not None and view.head.name in self._outer:
-            inputs = None if input_ids is None else head_inputs(view, input_ids, chains[1])
-            yield self._round_outer(view.head, inputs, calibrated=input_ids is not None)
+            inputs = None if data is None else head_inputs(view, data, chains[1].hidden)
+            yield self._round_outer(view.head, inputs, calibrated=data is not None)
+
+    def _run_nontext(self, view: ModelView, data: CalibrationSet | None) -> Iterator[BlockOutcome]:
+        """Quantize the blocks of `view` on what the model as it is now gives them; blocks that no sample runs through
+        (those for sound, where there are images only) are rounded to nearest, which the report and a warning say.
+        """
+        try:
+            chain = self._capture(view, data)
+        except UnreachedError as error:
+            self._progress.warn(f"{error}; its layers are rounded to nearest")
+            chain = None
+        chains = (chain, chain)
+        calls = [PLAIN_CALL] * len(view.blocks) if chain is None else chain.calls
+        for index, (block, call) in enumerate(zip(view.blocks, calls, strict=True)):
+            # a projector alone: what it returns is no input of its like
+            chains = yield from self._step(block, call, chains, index if len(view.blocks) > 1 else None)
+
+    def _step(self, block: BlockView, call: BlockCall, chains, index: int | None):
+        """Quantize one block, yield its outcome, and return the chains behind it.
+
+        index: in its chain; None for what stands alone and whose outputs nothing else is tuned on.
+        """
+        self._progress.block(self._done, self._total, block.name)
+        outcome, chains = self._quantize(index, block, call, chains)
+        yield outcome
+        self._progress.block_done(self._done, self._total, block.name, outcome.before, outcome.after)
+        self._done += 1
+        return chains
+
+    def _chosen(self, block: BlockView) -> bool:
+        return any(site.name in self._schemes for site in block.sites)
 
     def _round_outer(self, site: LinearSite, inputs: torch.Tensor | None, *, calibrated: bool) -> BlockOutcome:
         """A matrix outside the blocks, its scales searched: tuning the logits by themselves would gain nothing.
@@ -125,15 +160,12 @@ class BlockDriver:
         site.read(parameter).copy_(record.dequantize(torch.float32))
         return BlockOutcome(site.name, (layer,), None, None, 0, 0, time.perf_counter() - start, ())
 
-    def _capture(self, input_ids: torch.Tensor | None) -> tuple[torch.Tensor | None, list[BlockCall]]:
-        if input_ids is None:
-            return None, [PLAIN_CALL] * len(self._view.blocks)
-        hidden, calls = capture(self._view, input_ids)
-        return hidden.to(self._compute.storage), calls
+    def _capture(self, view: ModelView, data: CalibrationSet | None) -> Chain | None:
+        return None if data is None else capture(view, data).to(self._compute.storage)
 
-    def _quantize(self, index: int, view: BlockView, call: BlockCall, chains, *, last: bool = False):
-        """(outcome of one block, the chains behind it). last: nothing follows, and targets are not kept (lm_head)."""
-        start = time.perf_counter()
+    def _quantize(self, index: int | None, view: BlockView, call: BlockCall, chains):
+        """(outcome of one block, the chains behind it). index: as in `_step`."""
+        start, alone = time.perf_counter(), index is None
         home = next(view.module.parameters()).device
         view.module.to(self._compute.device)
         schemes = {site.name: self._schemes[site.name] for site in view.sites if site.name in self._schemes}
@@ -141,25 +173,27 @@ class BlockDriver:
                    if site.name in schemes}
         families = families_of(schemes, weights, self._families, self._model_type)
         # logits are wide: no targets are kept of lm_head, and one sample runs at a time
-        compute = self._compute.one_by_one() if last else self._compute
-        block = ModelBlock(view.name, view.module, view.sites, call,
-                           schemes=schemes, families=families, compute=compute)
+        compute = self._compute.one_by_one() if alone else self._compute
         original, quantized = chains
+        block = ModelBlock(view.name, view.module, view.sites, call, schemes=schemes, families=families,
+                           compute=compute, mask=None if quantized is None else quantized.mask)
         if quantized is not None:
             if original is quantized:  # the chains part here
-                original = original.clone()
-            block.set_chains(original, quantized, targets_given=not last)
-            if not last:
-                block.advance(original)
+                original = original.copy()
+            block.set_chains(original.hidden, quantized.hidden, targets_given=not alone)
+            if not alone:
+                block.advance(original.hidden)
         input_scales = self._quantize_inputs(block, view)
-        result, before, after = self._tune(block, index)
+        result, before, after = self._tune(block)
         layers = tuple(
             self._layer(name, block.weights[name], weight, input_scales.get(name))
             for name, weight in result.weights.items()
         )
         block.write_back({layer.layer.name: layer.layer.weight.dequantize(torch.float32) for layer in layers})
-        if quantized is not None and not last:
-            block.advance(quantized)
+        if quantized is not None and not alone:
+            block.advance(quantized.hidden)
+            for chain in (original, quantized):
+                chain.enter(index + 1)
         view.module.to(home)
         outcome = BlockOutcome(view.name, layers, before, after, result.steps, result.best_step,
                                time.perf_counter() - start, result.notes)
@@ -182,13 +216,17 @@ class BlockDriver:
                                 activations[site.name], scales.get(site.name))
         return scales
 
-    def _tune(self, block: ModelBlock, index: int):
+    def _tune(self, block: ModelBlock):
         """(result, error of round-to-nearest, error of the result), errors on the validation slice."""
         if not block.schemes:
             return BlockResult({}), None, None
         searched = {name for name in block.weights if block.families[name].starts_from_search}
         rounded = {name: self._round_to_nearest(block, name) for name in block.weights if name not in searched}
-        run = Run(self._settings, seed=self._settings.seed * 1_000_003 + index, progress=self._progress.step)
+        if self._algorithm.needs_data and not block.samples:
+            rounded = {name: self._round_to_nearest(block, name) for name in block.weights}
+            note = f"{block.name}: no calibration sample runs through it; rounded to nearest"
+            return BlockResult(rounded, notes=(note,)), None, None
+        run = Run(self._settings, seed=self._settings.seed * 1_000_003 + self._done, progress=self._progress.step)
         result = self._algorithm.quantize_block(block, run)
         if not block.samples:
             return result, None, None

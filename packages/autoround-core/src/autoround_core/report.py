@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from autoround_core.calibration import CalibrationSet
+from autoround_core.calibration_set import CalibrationSet
 from autoround_core.plan import Plan
 from autoround_core.quantize import BlockOutcome
 from autoround_core.settings import TuningSettings
@@ -22,6 +22,7 @@ _PACKAGES = (
     "autoround-core",
     "autoround-export",
     "autoround-backends",
+    "autoround-mllm",
     "autoround-cli",
     "torch",
     "transformers",
@@ -75,6 +76,8 @@ def calibration_row(calibration: CalibrationSet | None) -> dict[str, Any] | None
         "seqlen": calibration.seqlen,
         "tokens": calibration.tokens,
         "unused_tokens": calibration.unused_tokens,
+        "images": calibration.images,
+        "skipped": calibration.skipped,
         "sha256": calibration.sha256,
     }
 

@@ -10,6 +10,7 @@ from autoround_core.errors import CheckpointError, ModelError
 from autoround_core.shards import TensorFiles, read_json
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
+_VOICES = "spk_dict.pt"  # read beside the weights of Qwen2.5-Omni
 _COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 
 
@@ -71,7 +72,8 @@ def copy_companions(source: Path, target: Path, *, with_code: bool) -> list[str]
     copied = []
     for file in sorted(source.iterdir()):
         skip = file.name == "config.json" or file.name.endswith(".index.json") or file.name in ("report.json",)
-        if not file.is_file() or skip or file.suffix in _WEIGHTS or file.suffix not in _COPIED:
+        known = file.suffix in _COPIED and file.suffix not in _WEIGHTS
+        if not file.is_file() or skip or not (known or file.name == _VOICES):
             continue
         if file.suffix == ".py" and not with_code:
             continue

@@ -220,7 +220,7 @@ def step_bytes(view: ModelView, specs: Iterable[LinearSpec]) -> int:
     for site in view.sites():
         if site.expert is not None:
             experts.setdefault(site.path, []).append(site)
-    sites = {site.name: site for site in (*view.sites(), *view.outer())}
+    sites = {site.name: site for site in view.all_sites()}
     total = 0.0
     for name, spec in quantized.items():
         site = sites[name]

@@ -7,7 +7,7 @@ other matrix of a block stays in 16 bits and is listed with the reason: nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -21,9 +21,16 @@ _JOINED = "is stored as a part of another tensor"
 _PRECISE = "is kept in float32 by Transformers"
 
 
-def find_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
-    """(path, list of blocks). Raises UnsupportedError when there is none."""
-    modules = model.named_modules()
+def find_blocks(
+    model: torch.nn.Module, inside: str = "", without: Sequence[str] = ()
+) -> tuple[str, torch.nn.ModuleList]:
+    """(path, list of blocks). inside: path of the module to look into. without: paths of those to leave out.
+
+    Raises UnsupportedError when there is none.
+    """
+    found = model.get_submodule(inside).named_modules(prefix=inside)
+    modules = [(name, module) for name, module in found
+               if not any(f"{name}.".startswith(f"{path}.") for path in without)]
     lists = {name: module for name, module in modules if isinstance(module, torch.nn.ModuleList)}
     outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     largest = max(outermost, key=lambda name: _size(lists[name]), default=None)

@@ -7,12 +7,14 @@ returned; then the checkpoint is loaded and a short forward pass is compared wit
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from autoround_core.adapter import ModelAdapter
 from autoround_core.errors import VerificationError
+from autoround_core.flow import as_taken
 from autoround_core.format import CheckpointFormat
 from autoround_core.loading import assemble
 from autoround_core.records import QuantizedLayer, tensor_bytes
@@ -74,17 +76,16 @@ def _digest(tensor: torch.Tensor) -> str:
 
 
 @torch.no_grad()
-def probe(model: torch.nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
-    """Logits float32 [tokens, vocabulary] of a short forward pass. token_ids: [tokens]."""
-    device = next(model.parameters()).device
-    return model(input_ids=token_ids[None].to(device), use_cache=False).logits[0].float().cpu()
+def probe(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Logits float32 [tokens, vocabulary] of a short forward pass. inputs: keyword arguments, of one sample."""
+    return model(**as_taken(model, inputs), use_cache=False).logits[0].float().cpu()
 
 
 def check_forward(
     fmt: CheckpointFormat,
     directory: Path,
     adapter: ModelAdapter,
-    token_ids: torch.Tensor,
+    inputs: Mapping[str, torch.Tensor],
     expected: torch.Tensor,
     *,
     trust_remote_code: bool,
@@ -95,7 +96,7 @@ def check_forward(
     """
     model = adapter.skeleton(directory, trust_remote_code=trust_remote_code)
     model = assemble(model, adapter, fmt.read(directory), device=torch.device("cpu"), backend="reference")
-    logits = probe(model, token_ids)
+    logits = probe(model, inputs)
     difference = float((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
     if not difference <= _LOGIT_TOLERANCE:
         raise VerificationError(
