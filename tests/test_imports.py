@@ -45,10 +45,10 @@ ActivationScheme AffineWeight Algorithm AutoRound AutoRoundError Backend Block B
 CalibrationSet CheckpointContext CheckpointError CheckpointFormat CheckpointReader CheckpointWriter Estimate
 Evaluation FloatWeight LayerPlan LinearSite LinearSpec ModelAdapter ModelError ModelOutline ModelView NonFiniteError
 NumberFamily OutputError Plan PluginError PluginRecord Progress QuantRecipe QuantScheme QuantizedLayer QuantizedWeight
-RECIPES Registry Run SchemeChoice ShardWriter SuperBlockWeight Support Target TensorFiles TensorLayout TransformersAdapter TunableWeight
-TuningSettings UnknownNameError UnsupportedError UsageError Verdict VerificationError convert evaluate fused_layers
-get_registry hookimpl load load_calibration pack_bits packed_bytes parse_layer_config product_dtype read_json
-select_backend tuning_settings unknown_name unpack_bits write_json
+RECIPES Registry Run SchemeChoice ShardWriter SuperBlockWeight Support Target TensorFiles TensorLayout
+TransformersAdapter TunableWeight TuningSettings UnknownNameError UnsupportedError UsageError Verdict
+VerificationError convert evaluate fused_layers get_registry hookimpl load load_calibration pack_bits packed_bytes
+parse_layer_config product_dtype read_json select_backend tuning_settings unknown_name unpack_bits write_json
 """
 
 HOOKS = """

@@ -63,9 +63,11 @@ def stored_names(model: torch.nn.Module, own: Mapping[str, torch.Tensor]) -> dic
             found[name] = stored
     for name, tensor in own.items():
         if tensor.dim() >= 3:
-            alone = to_checkpoint(model, {name: torch.empty(tensor.shape, dtype=torch.uint8, device="meta")})
+            # sides of different length again; the first is that of the experts
+            table = torch.arange(tensor.shape[0] * 12 * 10).view(-1, 12, 10, *[1] * (tensor.dim() - 3))
+            alone = to_checkpoint(model, {name: table})
             stored, part = next(iter(alone.items()))
-            if len(alone) == 1 and part.shape == tensor.shape:
+            if len(alone) == 1 and torch.equal(part, table):
                 found[name] = stored
     return found
 

@@ -168,7 +168,8 @@ class TransformersAdapter(ModelAdapter):
         stored = stored_names(model, own)
         if len(stored) < len(own):
             return []  # some are stored in pieces, whose names nobody knows beforehand
-        known = {*stored.values(), *(f"{site.name}.weight" for site in view.all_sites())}
+        whole = (name for path in fused for name in to_checkpoint(model, {path: model.get_parameter(path).to("meta")}))
+        known = {*stored.values(), *whole, *(f"{site.name}.weight" for site in view.all_sites())}
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         return [name for name in names
                 if name not in known and not any(re.search(pattern, name) for pattern in ignored)]

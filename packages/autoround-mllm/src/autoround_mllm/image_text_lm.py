@@ -83,7 +83,9 @@ class ImageTextLM(TransformersAdapter):
         ends = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
         ends.add(id(model.get_submodule(language)))
         # a language tower may hold the others
-        starts = [_ENTRIES.get(model.config.model_type, ""), *(path for path in towers if f"{path}.".startswith(f"{language}." if language else ""))]
+        inner = f"{language}." if language else ""
+        starts = [_ENTRIES.get(model.config.model_type, ""),
+                  *(path for path in towers if f"{path}.".startswith(inner))]
         chains = (chain for path in starts for chain in _chains(path, model.get_submodule(path), ends))
         views = (tuple(BlockView(path, block, finder.sites(path, block)) for path, block in chain) for chain in chains)
         # what has matrices but no linear layer (a convolution over patches) has told `finder` why they are kept
