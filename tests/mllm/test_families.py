@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import transformers
 
 from autoround_core import AutoRound, TensorFiles, UnsupportedError, load
 from autoround_core.shards import read_json
@@ -60,6 +61,18 @@ def test_quantize_save_load(family, tmp_path, name):
     # what makes tokens and pixels of an image lies beside it, and makes the same of it
     again = inputs_of(tmp_path / "out")
     assert again.keys() == inputs.keys() and all(torch.equal(again[key], inputs[key]) for key in inputs)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl_moe", "gemma3", "llava", "mllama"])
+def test_transformers_loads_it_by_itself(family, tmp_path, name, caplog):
+    import autoround_backends  # noqa: F401  (registers the loader)
+
+    AutoRound(family(name), scheme="W4G32", recipe="rtn").quantize_and_save(tmp_path / "out")
+    caplog.clear()
+    model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert not [record for record in caplog.records if "UNEXPECTED" in record.message or "MISSING" in record.message]
+    inputs = inputs_of(tmp_path / "out")
+    assert torch.equal(logits_of(model, inputs), logits_of(load(tmp_path / "out"), inputs))
 
 
 def check_untouched(source, out) -> None:

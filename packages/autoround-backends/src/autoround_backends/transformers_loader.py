@@ -80,7 +80,9 @@ class AutoRoundLoader(HfQuantizer):
             if site.expert is None:
                 model.set_submodule(site.module, Pending(site))
         # the packed tensors are ours to read, and the experts ours to fill
+        # under the names that the checkpoint has, and those of the model
         packed = {_pattern(name) for name in self._reader.layer_names()}
+        packed |= {_pattern(site.module) for site in self._sites.values() if site.expert is None}
         packed |= {rf"\.{kind}$" for kind in self._kinds() - {"weight", "bias"}}  # under names that are changed first
         experts = {re.escape(path) + "$" for path in self._experts}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *packed}
