@@ -81,6 +81,8 @@ def assemble(
     backend: str,
 ) -> torch.nn.Module:
     """Fill a skeleton: a backend's module for each quantized layer, tensors for the rest."""
+    rest = dict(reader.rest())
+    adapter.follow(model, _stored_names(reader, rest))
     view = adapter.view(model)
     backends = list(get_registry().backends().values())
     sites = {site.name: site for site in view.all_sites()}
@@ -100,7 +102,6 @@ def assemble(
             continue
         chosen = select_backend(backends, spec_of(layer), device, dtype, backend)
         built.append((site, chosen.build(layer, device, dtype)))
-    rest = dict(reader.rest())
     if (dense or built) and (strange := adapter.unexpected(view, rest)):
         raise CheckpointError(f"the checkpoint holds `{min(strange)}`, for which the model has no place")
     for site, module in built:
@@ -115,6 +116,13 @@ def assemble(
         speed_up_dense(model, {site.module for site in (*view.nontext_sites(), *view.sites())}, backends, device)
         adapter.serve(model, device)
     return model.to(device)
+
+
+def _stored_names(reader: CheckpointReader, rest: Iterable[str]) -> Iterator[str]:
+    """What a checkpoint calls its tensors, a packed layer by its weight; layers are asked for only if anybody wants to
+    know."""
+    yield from rest
+    yield from (f"{name}.weight" for name in reader.layer_names())
 
 
 def speed_up_dense(model: Any, paths: Iterable[str], backends: list[Backend], device: torch.device) -> None:

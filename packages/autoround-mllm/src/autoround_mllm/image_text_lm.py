@@ -48,7 +48,7 @@ class ImageTextLM(TransformersAdapter):
 
     def skeleton(self, path: Path, *, trust_remote_code: bool, dtype: torch.dtype | None = None) -> torch.nn.Module:
         model = super().skeleton(path, trust_remote_code=trust_remote_code, dtype=dtype)
-        if any(path.glob("*.safetensors")):
+        if any(path.glob("model*.safetensors")):
             self.follow(model, TensorFiles(path).names())
         return model
 

@@ -7,7 +7,7 @@ place without a tensor, are errors: nothing is left out and nothing is guessed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from autoround_export.gguf.metadata import (
 )
 from autoround_export.gguf.outline import FileTensor, Outline, Piece
 from autoround_export.gguf.rope import CONSTANTS
+from autoround_export.gguf.vision_table import TEXT_OF, VISION_ARCH
 
 _HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
@@ -53,13 +54,20 @@ def supported() -> list[str]:
     return sorted(TABLE)
 
 
-def outline(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Outline:
-    """The file that a model becomes. config: its config.json. shapes: of all tensors of its checkpoint, by name.
+def arch_of(model_type: str) -> str:
+    """The architecture of the file, for a model type of the table."""
+    return TABLE[model_type].arch
+
+
+def outline(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], arch: str = "") -> Outline:
+    """The file that a model becomes. config: its config.json. shapes: of all tensors of its checkpoint, by name. arch:
+    another name for the same architecture, where the file is to have one.
 
     An lm_head that is tied to the embedding may be there or not. Raises UnsupportedError for what llama.cpp does
     not compute, ModelError for a config.json that makes no sense.
     """
     row, config = _row(config), complete(config)
+    row = replace(row, arch=arch or row.arch)
     tied = bool(config.get("tie_word_embeddings"))
     if not tied and _HEAD not in shapes:
         raise UnsupportedError("the model holds no `lm_head.weight`, and `tie_word_embeddings` is false")
@@ -128,9 +136,15 @@ def config_of(
     file holds them. Raises CheckpointError for an architecture outside the table and for what config.json cannot say.
     """
     arch = fields.get("general.architecture")
+    if arch == VISION_ARCH:
+        raise CheckpointError("the file holds a vision tower; name the file of its language model")
+    if isinstance(arch, str) and arch in TEXT_OF:
+        # without images, all axes of a position are equal
+        return model_config(TEXT_OF[arch], replace(TABLE[TEXT_OF[arch]], arch=arch), fields, file_shapes,
+                            constants or {})
     known = [model_type for model_type, row in TABLE.items() if row.arch == arch]
     if not known:
-        names = ", ".join(sorted({row.arch for row in TABLE.values()}))
+        names = ", ".join(sorted({row.arch for row in TABLE.values()} | set(TEXT_OF)))
         raise CheckpointError(f"GGUF files of architecture `{arch}` cannot be read (known: {names})")
     model_type = known[0]
     if arch == "llama":

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from autoround_core import ModelOutline, QuantScheme, SchemeChoice, TensorFiles, UnsupportedError
-from autoround_export.gguf import architectures
+from autoround_export.gguf import architectures, vision
 from autoround_export.gguf.blocks import LAYOUTS, layout_of
 from autoround_export.gguf.file import FLOAT_DTYPES
-from autoround_export.gguf.llama_cpp import checkout, outline_from_checkout
+from autoround_export.gguf.llama_cpp import checkout, mmproj_from_checkout, outline_from_checkout
 from autoround_export.gguf.mixture import EMBEDDING, FLOATS, MixtureFacts, choose_types, is_quantizable
 from autoround_export.gguf.outline import FileTensor, Outline, Piece
 from autoround_export.gguf.tokenizer import tokenizer_fields
@@ -25,24 +25,32 @@ _WEIGHT = ".weight"
 
 
 def compose(model: ModelOutline) -> Outline:
-    """What the file will hold, tokenizer included. Raises when the model cannot be written.
+    """What the file will hold, tokenizer included; of a vision-language model that of its language model. Raises when
+    the model cannot be written.
 
     A model type outside our table goes through the llama.cpp checkout that LLAMA_CPP_ROOT names, if any.
     """
     pre = model.options.get("gguf_pre")
     if not in_table(model.config) and (root := checkout()) is not None:
         return _through_checkout(model, root, pre)
-    found = architectures.outline(model.config, model.shapes)
+    config: Mapping[str, Any] = model.config
+    if vision.is_family(config):
+        parts = vision.taken_apart(config)
+        found, config = vision.text_outline(parts, model.shapes), parts.tokenizer_config()
+    else:
+        found = architectures.outline(config, model.shapes)
     if model.directory is None:
         raise UnsupportedError("a GGUF file holds the tokenizer, and this model has none; give AutoRound its "
                                "tokenizer, or copy tokenizer.json and tokenizer_config.json into the model's directory")
     rows = next(tensor.shape[0] for tensor in found.tensors if tensor.name == EMBEDDING)
-    tokens = tokenizer_fields(model.directory, model.config, rows, pre)
+    tokens = tokenizer_fields(model.directory, config, rows, pre)
     return Outline({**found.fields, **tokens}, found.tensors, found.constants)
 
 
 def in_table(config: Mapping[str, Any]) -> bool:
-    """Whether our own table knows the architecture."""
+    """Whether our own tables know the architecture."""
+    if vision.is_family(config):
+        return vision.in_table(config)
     return config.get("model_type") in architectures.supported()
 
 
@@ -51,6 +59,18 @@ def _through_checkout(model: ModelOutline, root: Path, pre: str | None) -> Outli
         raise UnsupportedError("llama.cpp's converter reads a model directory; save the model first and name that")
     dtype = str(model.config.get("dtype") or model.config.get("torch_dtype") or "float32")
     return _converted(root, model.directory, dtype, pre)
+
+
+def towers_through_checkout(model: ModelOutline, directory: Path) -> None:
+    """Write what an image needs of a model outside our tables into `directory`, if it has a vision tower.
+
+    Raises UnsupportedError where the converter of llama.cpp cannot.
+    """
+    root = checkout()
+    if in_table(model.config) or root is None or not model.config.get("vision_config"):
+        return
+    assert model.directory is not None
+    mmproj_from_checkout(root, model.directory, directory / f"mmproj-{model.name}-F16.gguf")
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""Format `gguf`: one file for llama.cpp and what is built on it, see docs/formats/gguf.md.
+"""Format `gguf`: one file for llama.cpp and what is built on it, two with a vision tower, see docs/formats/gguf.md.
 
 `gguf:q4_k_m` and its like choose the type of every matrix, the embedding and the output among them; `gguf` alone
 stores what the user's scheme says.
@@ -37,11 +37,13 @@ from autoround_export.gguf.composition import (
     final_types,
     mixture_types,
     scheme_choices,
+    towers_through_checkout,
 )
 from autoround_export.gguf.file import GgufFile
 from autoround_export.gguf.hf_tokenizer import write_tokenizer
 from autoround_export.gguf.mixture import FILE_TYPES, FLOATS
-from autoround_export.gguf.reader import GgufReader, config_in
+from autoround_export.gguf.mmproj import PREFIX, TwoFiles, compose_mmproj, is_vision_layer
+from autoround_export.gguf.reader import GgufReader, config_beside, config_in
 from autoround_export.gguf.writer import GgufWriter
 
 _SUFFIX = ".gguf"
@@ -67,14 +69,19 @@ class GgufFormat(CheckpointFormat):
 
     def choose_schemes(self, model: ModelOutline) -> Mapping[str, SchemeChoice] | None:
         outline = compose(model)
+        compose_mmproj(model, self._file_type)  # for what it may raise
         if self._file_type is None:
             return None
         types = mixture_types(self._file_type, outline, importance=model.calibrated and model.alone)
-        matrices = [name for name, shape in model.shapes.items() if len(shape) > 1]
+        # of a tower nothing is chosen: `why_not` answers for one that somebody wants quantized
+        matrices = [name for name, shape in model.shapes.items() if len(shape) > 1 and not is_vision_layer(name)]
         return scheme_choices(self._file_type, outline, types, matrices)
 
     def why_not(self, spec: LinearSpec) -> str | None:
         assert spec.scheme is not None
+        if is_vision_layer(spec.name):
+            return ("llama.cpp reads vision towers and projectors from a file of their own, which is written in 16 "
+                    "bits; leave out --quant_nontext_module")
         layout = layout_of(spec.scheme)
         if layout is None:
             known = ", ".join(f"{name} = {layout.scheme}" for name, layout in LAYOUTS.items())
@@ -101,7 +108,14 @@ class GgufFormat(CheckpointFormat):
         _check_file_type(file_type, typed, chosen)
         path = directory / f"{model.name}-{file_type.upper()}{_SUFFIX}"
         fields = file_metadata(model, outline, FILE_TYPES[file_type].number)
-        return GgufWriter(path, context, model, outline, typed, fields)
+        towers = compose_mmproj(model, self._file_type)
+        writer = GgufWriter(path, context, model, outline, typed, fields)
+        if towers is None:
+            towers_through_checkout(model, directory)
+            return writer
+        path = towers.path(directory, model.name)
+        second = GgufWriter(path, context, model, towers.outline, towers.typed, towers.fields(model))
+        return TwoFiles(writer, second, towers.sources)
 
     def recognizes(self, directory: Path) -> bool:
         if directory.is_file():
@@ -118,7 +132,7 @@ class GgufFormat(CheckpointFormat):
     def home(self, path: Path) -> Iterator[Path]:
         """The directory of the file; for a file alone one made from its metadata."""
         file = _file_of(path)
-        if (file.parent / "config.json").is_file():
+        if config_beside(file) is not None:
             yield file.parent
             return
         content = GgufFile(file)
@@ -129,10 +143,12 @@ class GgufFormat(CheckpointFormat):
 
 
 def _file_of(path: Path) -> Path:
-    """The file itself, or the one in a directory. Raises CheckpointError where there is none, or more than one."""
+    """The file itself, or the one in a directory, besides that of a vision tower. Raises CheckpointError where there is
+    none, or more than one.
+    """
     if not path.is_dir():
         return path
-    found = sorted(path.glob(f"*{_SUFFIX}"))
+    found = sorted(file for file in path.glob(f"*{_SUFFIX}") if not file.name.startswith(PREFIX))
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise CheckpointError(f"`{path}` should hold one {_SUFFIX} file, it holds {names}; name the file itself")

@@ -1,8 +1,9 @@
 """Architectures that we have no table for, through the user's own checkout of llama.cpp.
 
 Its converter runs on the model as it is, in its dtype, so that nothing is rounded. What a conversion does to a
-matrix is then read off the result, row by row (`row_index`). The converter runs in a process of its own, because it
-needs its own version of the gguf package, and because it is not ours.
+matrix is then read off the result, row by row (`row_index`). A vision tower, of which nothing is quantized, it writes
+itself. The converter runs in a process of its own, because it needs its own version of the gguf package, and because
+it is not ours.
 """
 
 from __future__ import annotations
@@ -101,6 +102,15 @@ def outline_from_checkout(
     return Outline(fields, tuple(found), constants)
 
 
+def mmproj_from_checkout(root: Path, model_dir: Path, path: Path) -> None:
+    """Have the converter under `root` write the vision tower and projector of a model to `path`, in 16 bits.
+
+    Raises UnsupportedError where it cannot.
+    """
+    _without_code(model_dir, False)
+    _run_converter(root, model_dir, path.absolute(), "float16", None, "--mmproj")
+
+
 def _without_code(model_dir: Path, trust_remote_code: bool) -> None:
     """The converter lets a tokenizer run its own code without being asked."""
     for name in ("config.json", "tokenizer_config.json"):
@@ -113,13 +123,13 @@ def _without_code(model_dir: Path, trust_remote_code: bool) -> None:
             )
 
 
-def _run_converter(root: Path, model_dir: Path, path: Path, dtype: str, pre: str | None) -> None:
+def _run_converter(root: Path, model_dir: Path, path: Path, dtype: str, pre: str | None, *more: str) -> None:
     if dtype not in _OUTTYPES:
         raise UnsupportedError(
             f"llama.cpp's converter writes {', '.join(_OUTTYPES)}, not `{shown(dtype)}`; save the model in one of them"
         )
     start = [str(root / _SCRIPT)] if pre is None else ["-c", _DRIVER, str(root), pre]
-    options = ["--outtype", _OUTTYPES[dtype], "--outfile", str(path), str(model_dir.absolute())]
+    options = [*more, "--outtype", _OUTTYPES[dtype], "--outfile", str(path), str(model_dir.absolute())]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON") and k != "NO_LOCAL_GGUF"}
     # its own gguf comes before an installed one, which is older; nothing is looked up in or written to other places
     environment |= {

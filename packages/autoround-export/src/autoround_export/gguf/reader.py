@@ -1,4 +1,4 @@
-"""Reads a GGUF file back into records and tensors under the model's own names."""
+"""Reads a GGUF file back into records and tensors under the model's own names; of a vision-language model two files."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from typing import Any
 import torch
 
 from autoround_core import CheckpointError, CheckpointReader, QuantizedLayer, read_json
-from autoround_export.gguf import architectures, row_map
+from autoround_export.gguf import architectures, row_map, vision
 from autoround_export.gguf.blocks import LAYOUTS
 from autoround_export.gguf.composition import Destination, TypedTensor, destinations
 from autoround_export.gguf.file import FLOAT_DTYPES, GgufFile
+from autoround_export.gguf.mmproj import mmproj_beside, mmproj_contents, prefixes_of
 from autoround_export.gguf.outline import FileTensor
 
+_CONFIG = "config.json"
 
-class GgufReader(CheckpointReader):
-    """The layers and tensors of one file."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = GgufFile(path)
-        beside = path.parent / "config.json"
-        self.config: Mapping[str, Any] = read_json(beside) if beside.is_file() else config_in(self._file)
-        kept = row_map.read(path)
-        self._elsewhere: Mapping[str, torch.Tensor] = kept.elsewhere if kept else {}
-        shapes = {name: info.shape for name, info in self._file.tensors.items()}
-        self._shapes, tensors = (kept.shapes, kept.tensors) if kept else _by_table(self.config, shapes)
+class FileContent:
+    """The tensors of the model that lie in one file. Final."""
+
+    def __init__(
+        self, file: GgufFile, shapes: Mapping[str, tuple[int, ...]], tensors: tuple[FileTensor, ...],
+        elsewhere: Mapping[str, torch.Tensor],
+    ) -> None:
+        """shapes: of the model's tensors. tensors: of the file. elsewhere: what it does not hold of the model."""
+        self._file, self._shapes, self._elsewhere = file, shapes, elsewhere
         self._sources: dict[str, list[Destination]] = {}
         typed = [TypedTensor(tensor, self._type(tensor)) for tensor in tensors]
-        for destination in destinations(typed, self._shapes):
+        for destination in destinations(typed, shapes):
             self._sources.setdefault(destination.piece.source, []).append(destination)
 
     def _type(self, tensor: FileTensor) -> str:
@@ -96,19 +97,66 @@ class GgufReader(CheckpointReader):
         return result
 
 
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(size for size in shape if size != 1)
+class GgufReader(CheckpointReader):
+    """The layers and tensors of one file, and of the tower and projector beside it."""
+
+    def __init__(self, path: Path) -> None:
+        file = GgufFile(path)
+        shapes = _shapes_in(file)
+        beside = config_beside(path)
+        self.config: Mapping[str, Any] = beside or config_in(file)
+        kept = row_map.read(path)
+        if kept:
+            self._contents = [FileContent(file, kept.shapes, kept.tensors, kept.elsewhere)]
+        elif vision.is_family(self.config):
+            self._contents = _two_contents(self.config, file)
+        else:
+            found = architectures.model_shapes(self.config, shapes)
+            self._contents = [FileContent(file, found, architectures.outline(self.config, found).tensors, {})]
+
+    def layer_names(self) -> list[str]:
+        return [name for content in self._contents for name in content.layer_names()]
+
+    def layers(self) -> Iterator[QuantizedLayer]:
+        for content in self._contents:
+            yield from content.layers()
+
+    def rest(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for content in self._contents:
+            yield from content.rest()
+
+
+def config_beside(path: Path) -> dict[str, Any] | None:
+    """The config.json beside a file, if it is that of what can be read.
+
+    The language model of a vision-language model by itself, without the file of the tower, is an ordinary model, and
+    its own metadata say which.
+    """
+    beside = path.parent / _CONFIG
+    config = read_json(beside) if beside.is_file() else None
+    alone = config is not None and vision.is_family(config) and mmproj_beside(path) is None
+    return None if alone and row_map.read(path) is None else config
 
 
 def config_in(file: GgufFile) -> dict[str, Any]:
     """config.json as the metadata of a file tells it."""
-    shapes = {name: info.shape for name, info in file.tensors.items()}
+    shapes = _shapes_in(file)
     constants = {name: file.tensor(name) for name in shapes if name in architectures.CONSTANTS}
     return architectures.config_of(file.fields, shapes, constants)
 
 
-def _by_table(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, tuple[int, ...]], tuple[FileTensor, ...]]:
-    found = architectures.model_shapes(config, shapes)
-    return found, architectures.outline(config, found).tensors
+def _two_contents(config: Mapping[str, Any], file: GgufFile) -> list[FileContent]:
+    beside = mmproj_beside(file.path)
+    assert beside is not None
+    towers, model = GgufFile(beside), vision.taken_apart(config)
+    prefixes = prefixes_of(model, towers)
+    text = vision.text_contents(model, _shapes_in(file), prefixes)
+    return [FileContent(file, *text, {}), FileContent(towers, *mmproj_contents(model, prefixes), {})]
+
+
+def _shapes_in(file: GgufFile) -> dict[str, tuple[int, ...]]:
+    return {name: info.shape for name, info in file.tensors.items()}
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)

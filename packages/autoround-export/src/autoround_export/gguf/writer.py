@@ -40,7 +40,6 @@ class GgufWriter(CheckpointWriter):
         self._elsewhere: dict[str, torch.Tensor] = {}
         constants = {name: tensor.to(torch.float32) for name, tensor in outline.constants.items()}
         self._offsets = _write_header(path, fields, typed, constants)
-        self._file = path.open("r+b")
         self._waiting: dict[str, list[Destination]] = {}
         for destination in destinations(typed, model.shapes):
             self._waiting.setdefault(destination.piece.source, []).append(destination)
@@ -70,11 +69,12 @@ class GgufWriter(CheckpointWriter):
             values = _rows(tensor.detach().cpu(), destination.piece)
             if destination.typed.tensor.offset:
                 values = values.to(torch.float32) + destination.typed.tensor.offset
-            offset = destination.start * dtype.itemsize
-            self._put(self._offsets[destination.typed.tensor.name] + offset, values.to(dtype))
+            stored = values.to(dtype)
+            if dtype == torch.float16 and stored.isinf().any():
+                raise CheckpointError(f"tensor `{name}` holds numbers beyond 65504, where float16 ends; use gguf:f32")
+            self._put(self._offsets[destination.typed.tensor.name] + destination.start * dtype.itemsize, stored)
 
     def finish(self) -> None:
-        self._file.close()
         if self._waiting:
             raise CheckpointError(f"tensor `{min(self._waiting)}` never came, so `{self._path.name}` has a hole")
         if not in_table(self._model.config):
@@ -87,8 +87,10 @@ class GgufWriter(CheckpointWriter):
         return self._waiting.pop(name)
 
     def _put(self, offset: int, tensor: torch.Tensor) -> None:
-        self._file.seek(offset)
-        self._file.write(tensor_bytes(tensor))
+        # not kept open: a run that fails closes nothing
+        with self._path.open("r+b") as file:
+            file.seek(offset)
+            file.write(tensor_bytes(tensor))
 
 
 def _rows(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
