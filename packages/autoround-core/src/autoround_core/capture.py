@@ -172,13 +172,19 @@ def _probe(data: CalibrationSet) -> dict[str, torch.Tensor]:
 
 
 def _rows(entering: list[torch.Tensor]) -> tuple[torch.Tensor, tuple[tuple[int, ...], ...] | None]:
-    """(states [samples, tokens, width], shapes as in BlockCall) of what enters the first block for each sample."""
+    """(states [samples, tokens, width], shapes as in BlockCall) of what enters the first block for each sample.
+
+    Each is let go as its row is filled: there is no room for all of them twice.
+    """
     shapes = tuple(tuple(states.shape) for states in entering)
     if len(shapes[0]) == 3 and shapes[0][0] == 1 and len(set(shapes)) == 1:
         shapes = None
-    flat = [states.reshape(-1, states.shape[-1]) for states in entering]
-    hidden = flat[0].new_zeros(len(flat), max(map(len, flat)), flat[0].shape[-1])
-    for row, states in zip(hidden, flat, strict=True):
+    first, samples = entering[0], len(entering)
+    tokens = max(states.numel() // states.shape[-1] for states in entering)
+    hidden = first.new_zeros(samples, tokens, first.shape[-1])
+    for row in reversed(hidden.unbind()):
+        states = entering.pop()
+        states = states.reshape(-1, states.shape[-1])
         row[: len(states)] = states
     return hidden, shapes
 
