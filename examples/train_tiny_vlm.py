@@ -101,8 +101,8 @@ def optimizers(model: PreTrainedModel) -> tuple[Muon, torch.optim.Optimizer]:
 class Muon:
     """Moves each matrix along its momentum made orthogonal: in all its directions by equally much.
 
-    A small batch goes much further with it than with Adam. The polynomial that brings singular values near one is that
-    of torch.optim.Muon, which computes it in bfloat16; most processors do that slowly.
+    After as many pictures the loss was lower than with Adam. The polynomial that brings singular values near one is
+    that of torch.optim.Muon, which computes it in bfloat16; most processors do that slowly.
     """
 
     matrices: list[torch.Tensor]
