@@ -95,7 +95,7 @@ def _check_order(view: ModelView, visits: list[Visit]) -> None:
         raise UnreachedError(f"no calibration sample runs through `{name}`")
     order = [visit.index for visit in visits]
     if order != list(range(len(view.blocks))):
-        shown = ", ".join(map(str, order[:8])) + (", ..." if len(order) > 8 else "") or "none"
+        shown = ", ".join(map(str, order[:8])) + (", ..." if len(order) > 8 else "")
         raise UnsupportedError(f"each block of `{name}` must run once, in order; this model ran {shown} "
                                f"of {len(view.blocks)}")
 

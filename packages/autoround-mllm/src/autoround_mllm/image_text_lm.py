@@ -54,7 +54,7 @@ class ImageTextLM(TransformersAdapter):
 
     def prepare(self, model: torch.nn.Module) -> None:
         super().prepare(model)
-        if entry := _ENTRIES.get(model.config.model_type):
+        if entry := _entry(model):
             inner = model.get_submodule(entry)
             for name in ("forward", "get_input_embeddings", "get_output_embeddings"):
                 setattr(model, name, getattr(inner, name))
@@ -63,7 +63,7 @@ class ImageTextLM(TransformersAdapter):
         follow_names(model, names)
 
     def language_tower(self, model: torch.nn.Module) -> str:
-        text = model.get_submodule(_ENTRIES.get(model.config.model_type, "")).config.get_text_config()
+        text = model.get_submodule(_entry(model)).config.get_text_config()
         # the first is the outermost; the model itself where its configuration is that of the text too
         return next((path for path, module in _parts(model) if module.config is text), "")
 
@@ -71,7 +71,7 @@ class ImageTextLM(TransformersAdapter):
         """Paths of the outermost parts that are built with a configuration of their own, not that of the text."""
         language, found = self.language_tower(model), []
         for path, module in _parts(model):
-            outer = f"{language}.".startswith(f"{path}.") or not path
+            outer = f"{language}.".startswith(f"{path}.")
             inner = any(f"{path}.".startswith(f"{tower}.") for tower in found)
             shared = module.config is model.config or module.config is model.get_submodule(language).config
             if not (outer or inner or shared):
@@ -84,8 +84,7 @@ class ImageTextLM(TransformersAdapter):
         ends.add(id(model.get_submodule(language)))
         # a language tower may hold the others
         inner = f"{language}." if language else ""
-        starts = [_ENTRIES.get(model.config.model_type, ""),
-                  *(path for path in towers if f"{path}.".startswith(inner))]
+        starts = [_entry(model), *(path for path in towers if f"{path}.".startswith(inner))]
         chains = (chain for path in starts for chain in _chains(path, model.get_submodule(path), ends))
         views = (tuple(BlockView(path, block, finder.sites(path, block)) for path, block in chain) for chain in chains)
         # what has matrices but no linear layer (a convolution over patches) has told `finder` why they are kept
@@ -132,8 +131,13 @@ class ImageTextLM(TransformersAdapter):
         return found
 
 
+def _entry(model: torch.nn.Module) -> str:
+    """Path of what takes images and text: as a rule the model itself."""
+    return _ENTRIES.get(model.config.model_type, "")
+
+
 def _parts(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Modules with a configuration, outermost first."""
+    """Modules inside the model with a configuration, outermost first."""
     from transformers import PreTrainedModel
 
     for path, module in model.named_modules():

@@ -41,8 +41,10 @@ def load_processor(path: Path, *, trust_remote_code: bool) -> ProcessorMixin | N
     from transformers import AutoProcessor, ProcessorMixin
     from transformers.utils import is_torchvision_available
 
+    from autoround_core.transformers_adapter import quiet
+
     with ExitStack() as stack:
-        stack.enter_context(_quiet())
+        stack.enter_context(quiet())  # that an image processor of Pillow is taken where there is no torchvision
         if not is_torchvision_available():
             stack.enter_context(_without_torchvision())
         try:
@@ -65,19 +67,6 @@ def _reason(error: Exception, path: Path) -> str:
     if isinstance(error, KeyError):
         return f"an entry {text} is missing"
     return re.split(r"(?<=\w)[.:] ", text)[0] or type(error).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep off the screen that an image processor of Pillow is taken where there is no torchvision."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 @contextmanager
